@@ -1,0 +1,1 @@
+"""Other ways to search, behind the interface of `protocol.Searcher`."""

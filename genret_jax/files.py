@@ -1,0 +1,49 @@
+"""Writing without half-written results: everything is made beside its place and renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def replace_on_success(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yields a temporary path in the same folder and renames it to `path` when the block succeeds.
+
+    Works for a file or a folder: the block creates whichever it wants at the yielded path. After
+    an exception the temporary path is removed and `path` is as it was. An existing folder at
+    `path` is first moved aside, so that a reader sees the old one or the new one, whole.
+
+    Args:
+      path: where the result is to stand; its parent is created.
+
+    Example:
+      >>> with replace_on_success("out.json") as temporary:
+      ...     temporary.write_text("{}")
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
+    _remove(temporary)
+    try:
+        yield temporary
+        if target.is_dir() and not target.is_symlink():
+            aside = target.with_name(f".{target.name}.old-{os.getpid()}")
+            _remove(aside)
+            os.replace(target, aside)
+            os.replace(temporary, target)
+            _remove(aside)
+        else:
+            os.replace(temporary, target)
+    finally:
+        _remove(temporary)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,149 @@
+"""The model: the network and the docid block of its vocabulary, as loss, scores and search."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from genret_jax.decoding import BeamResult, constrained_beam_search
+from genret_jax.modeling import losses
+from genret_jax.modeling.network import T5, T5Config, empty_cache
+from genret_jax.trie import DeviceTrie
+from genret_jax.vocabularies import DocidSpace
+
+Batch = Mapping[str, Array]
+Params = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class RetrievalModel:
+    """A T5 that writes docids.
+
+    Everything takes the parameters explicitly and can be jitted; nothing here holds state.
+
+    Attributes:
+      label_smoothing, z_loss: see `losses.docid_cross_entropy`.
+    """
+
+    config: T5Config
+    docids: DocidSpace
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+
+    @property
+    def network(self) -> T5:
+        return T5(self.config)
+
+    def init(self, rng: Array) -> tuple[Params, Any]:
+        """Fresh parameters and, in the same tree, their logical axis names."""
+        tokens = jnp.ones((1, 2), jnp.int32)
+        variables = self.network.init(
+            {"params": rng, "dropout": rng}, tokens, tokens, method=_init_everything
+        )
+        return variables["params"], variables["params_axes"]
+
+    def docid_logits(
+        self, params: Params, states: Float[Array, "... embed"]
+    ) -> Float[Array, "... docid_vocab"]:
+        """Logits over local docid ids: only these columns of the output matrix are multiplied."""
+        start, tokens = self.docids.start, self.docids.size - 2
+
+        def block(kernel: Array) -> Array:
+            end = jax.lax.slice_in_dim(kernel, 0, 2, axis=1)
+            return jnp.concatenate(
+                [end, jax.lax.slice_in_dim(kernel, start, start + tokens, axis=1)], axis=1
+            )
+
+        kernel = self.network.apply({"params": params}, block, method=T5.output_columns)
+        logits = jnp.dot(states, kernel.astype(self.config.dtype)).astype(jnp.float32)
+        return logits.at[..., 0].set(-jnp.inf)  # padding is never written
+
+    def teacher_forced(
+        self, params: Params, batch: Batch, dropout_rng: Array | None = None
+    ) -> Float[Array, "batch length docid_vocab"]:
+        """Logits at every position of `decoder_input_tokens`; with dropout when given a key."""
+        states = self.network.apply(
+            {"params": params},
+            batch["encoder_input_tokens"],
+            batch["decoder_input_tokens"],
+            deterministic=dropout_rng is None,
+            rngs={} if dropout_rng is None else {"dropout": dropout_rng},
+        )
+        return self.docid_logits(params, states)
+
+    def loss_fn(
+        self, params: Params, batch: Batch, dropout_rng: Array | None = None
+    ) -> tuple[Array, dict[str, Array]]:
+        """Stage 1: docid cross-entropy from queries and documents alike.
+
+        Args:
+          batch: T5X's names: encoder_input_tokens int32[batch, length], decoder_input_tokens,
+            decoder_target_tokens int32[batch, docid length] in the model's id space, and
+            decoder_loss_weights float32 of the same shape.
+          dropout_rng: without it, dropout is off.
+
+        Returns:
+          The loss and the parts to log, float32 scalars.
+        """
+        out = losses.docid_cross_entropy(
+            self.teacher_forced(params, batch, dropout_rng),
+            self.docids.to_local(batch["decoder_target_tokens"]),
+            batch["decoder_loss_weights"],
+            label_smoothing=self.label_smoothing,
+            z_loss=self.z_loss,
+        )
+        return out.loss, {"loss": out.loss, **out.parts}
+
+    def score(
+        self,
+        params: Params,
+        encoder_tokens: Int[Array, "batch length"],
+        docids: Int[Array, "batch docid_length"],
+    ) -> Float[Array, " batch"]:
+        """log p of given docids (local ids, 0-padded), teacher-forced: what the beam must agree with."""
+        inputs = jnp.pad(docids, ((0, 0), (1, 0)))[:, :-1]
+        logits = self.teacher_forced(
+            params,
+            {
+                "encoder_input_tokens": encoder_tokens,
+                "decoder_input_tokens": self.docids.to_model(inputs),
+            },
+        )
+        log_p = jax.nn.log_softmax(logits)
+        token = jnp.take_along_axis(log_p, docids[..., None], axis=-1)[..., 0]
+        return jnp.where(docids > 0, token, 0.0).sum(-1)
+
+    def search(
+        self,
+        params: Params,
+        encoder_tokens: Int[Array, "batch length"],
+        trie: DeviceTrie,
+        *,
+        beam: int,
+        normaliser: str = "vocabulary",
+    ) -> BeamResult:
+        """Constrained beam search; the encoder runs once a query. See `constrained_beam_search`."""
+        variables = {"params": params}
+        batch = encoder_tokens.shape[0]
+        cross = self.network.apply(variables, encoder_tokens, method=T5.start)
+
+        def step(tokens: Array, position: Array, cache: Any) -> tuple[Array, Any]:
+            states, cache = self.network.apply(
+                variables, self.docids.to_model(tokens), position, cache, cross, method=T5.step
+            )
+            return self.docid_logits(params, states), cache
+
+        cache = empty_cache(self.config, batch, 1, trie.max_length)
+        return constrained_beam_search(
+            step, cache, trie, batch=batch, beam=beam, normaliser=normaliser
+        )
+
+
+def _init_everything(network: T5, encoder_tokens: Array, decoder_tokens: Array) -> Array:
+    """Touches every parameter, the output matrix included."""
+    return network.logits(network(encoder_tokens, decoder_tokens, deterministic=True))

@@ -1,0 +1,453 @@
+"""T5 1.1 in Flax Linen, with T5X's parameter names and logical axes.
+
+The parameters of a network made here and of T5X's own `t5.network` have the same tree, shapes and
+logical axis names, so that checkpoints and sharding rules pass between the two. What differs is
+the decoding side: the keys and values of the encoder output are projected once a query and are
+never copied for each beam, and the cache is a plain pytree that the caller holds.
+
+Axes used in shapes: batch, length, beam, embed, heads, kv, mlp, vocab.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from flax.linen import partitioning
+
+Array = jax.Array
+NEGATIVE = -1e10  # added to attention logits that must vanish; finite, so that bf16 rows stay NaN-free
+
+
+@dataclasses.dataclass(frozen=True)
+class T5Config:
+    """Sizes and switches of the network.
+
+    Attributes:
+      vocab_size: rows of the token embedding: text pieces, then docid tokens, then padding.
+      tied_embeddings: output logits from the token embedding (T5 1.0) instead of a matrix of
+        their own (T5 1.1).
+      dtype: of activations, "float32" or "bfloat16"; parameters are always float32.
+      remat: recompute each layer in the backward pass: less memory, about a third more time.
+    """
+
+    vocab_size: int
+    embed_dim: int = 512
+    num_heads: int = 6
+    head_dim: int = 64
+    mlp_dim: int = 1024
+    num_encoder_layers: int = 8
+    num_decoder_layers: int = 8
+    dropout_rate: float = 0.1
+    tied_embeddings: bool = False
+    dtype: str = "float32"
+    relative_buckets: int = 32
+    relative_max_distance: int = 128
+    remat: bool = False
+
+
+@struct.dataclass
+class DecodingCache:
+    """What the decoder remembers between steps.
+
+    Attributes:
+      self_kv: per layer (keys, values), each [batch, beam, max_length, heads, kv].
+    """
+
+    self_kv: tuple[tuple[Array, Array], ...]
+
+
+@struct.dataclass
+class CrossCache:
+    """What every step reads and none writes: one copy a query, whatever the beam.
+
+    Attributes:
+      cross_kv: per layer (keys, values), each [batch, length, heads, kv].
+      bias: [batch, 1, 1, length], 0 where the encoder saw a token, very negative elsewhere.
+    """
+
+    cross_kv: tuple[tuple[Array, Array], ...]
+    bias: Array
+
+
+class Dense(nn.Module):
+    """Matrix product without bias; the kernel is [in, out] with logical axes."""
+
+    features: int
+    axes: tuple[str, str]
+    dtype: Any
+    init_scale: float = 1.0
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        init = nn.initializers.variance_scaling(self.init_scale, "fan_in", "truncated_normal")
+        kernel = partitioning.param_with_axes(
+            "kernel", init, (x.shape[-1], self.features), jnp.float32, axes=self.axes
+        )
+        return jnp.dot(x, kernel.astype(self.dtype))
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * scale, in float32 (Zhang and Sennrich 2019; T5's layer norm)."""
+
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        scale = partitioning.param_with_axes(
+            "scale", nn.initializers.ones, (x.shape[-1],), jnp.float32, axes=("embed",)
+        )
+        x = x.astype(jnp.float32)
+        mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+        return (x * jax.lax.rsqrt(mean_square + 1e-6) * scale).astype(self.dtype)
+
+
+class Embed(nn.Module):
+    """Token embedding, [vocab, embed]."""
+
+    config: T5Config
+
+    def setup(self) -> None:
+        self.embedding = partitioning.param_with_axes(
+            "embedding",
+            nn.initializers.normal(1.0),
+            (self.config.vocab_size, self.config.embed_dim),
+            jnp.float32,
+            axes=("vocab", "embed"),
+        )
+
+    def __call__(self, tokens: Array) -> Array:
+        return jnp.take(self.embedding, tokens, axis=0).astype(self.config.dtype)
+
+
+class RelativeBias(nn.Module):
+    """T5's relative position bias: one learned number a head and distance bucket."""
+
+    config: T5Config
+    bidirectional: bool
+
+    @nn.compact
+    def __call__(self, query_positions: Array, key_positions: Array) -> Array:
+        """Returns the bias [1, heads, queries, keys] for int32 positions [queries] and [keys]."""
+        c = self.config
+        table = partitioning.param_with_axes(
+            "rel_embedding",
+            nn.initializers.variance_scaling(1.0, "fan_avg", "uniform"),
+            (c.num_heads, c.relative_buckets),
+            jnp.float32,
+            axes=("heads", "relpos_buckets"),
+        )
+        buckets = relative_buckets(
+            key_positions[None, :] - query_positions[:, None],
+            bidirectional=self.bidirectional,
+            num_buckets=c.relative_buckets,
+            max_distance=c.relative_max_distance,
+        )
+        return jnp.take(table, buckets, axis=1)[None].astype(c.dtype)
+
+
+def relative_buckets(
+    relative_position: Array, *, bidirectional: bool, num_buckets: int, max_distance: int
+) -> Array:
+    """T5's buckets: exact for near positions, logarithmic up to `max_distance`, then one.
+
+    Args:
+      relative_position: int32, any shape: key position minus query position.
+      bidirectional: half the buckets for keys to the right; else those share bucket 0.
+
+    Returns:
+      int32 of the same shape, in [0, num_buckets).
+    """
+    behind = -relative_position
+    offset: Array | int = 0
+    if bidirectional:
+        num_buckets //= 2
+        offset = jnp.where(behind < 0, num_buckets, 0)
+        behind = jnp.abs(behind)
+    else:
+        behind = jnp.maximum(behind, 0)
+    exact = num_buckets // 2
+    ratio = jnp.log(jnp.maximum(behind, 1).astype(jnp.float32) / exact + np.finfo(np.float32).eps)
+    far = exact + (ratio / np.log(max_distance / exact) * (num_buckets - exact)).astype(jnp.int32)
+    return offset + jnp.where(behind < exact, behind, jnp.minimum(far, num_buckets - 1))
+
+
+class Attention(nn.Module):
+    """Multi-head attention, T5's way: no biases, no 1/sqrt(kv) (folded into the query's init)."""
+
+    config: T5Config
+
+    def setup(self) -> None:
+        c = self.config
+        joined = c.num_heads * c.head_dim
+        project = functools.partial(
+            Dense, features=joined, axes=("embed", "joined_kv"), dtype=c.dtype
+        )
+        self.query = project(init_scale=1.0 / c.head_dim)
+        self.key = project()
+        self.value = project()
+        self.out = Dense(c.embed_dim, ("joined_kv", "embed"), c.dtype)
+        self.dropout = nn.Dropout(c.dropout_rate, broadcast_dims=(-2,))
+
+    def project_kv(self, x: Array) -> tuple[Array, Array]:
+        """Keys and values of x: [..., length, embed] -> two of [..., length, heads, kv]."""
+        shape = (*x.shape[:-1], self.config.num_heads, self.config.head_dim)
+        return self.key(x).reshape(shape), self.value(x).reshape(shape)
+
+    def attend(self, x: Array, kv: tuple[Array, Array], bias: Array, deterministic: bool) -> Array:
+        """Attention of x [batch, queries, embed] over `kv`; bias broadcasts to the logits.
+
+        Shape: kv [batch, keys, heads, kv]; bias [batch | 1, heads | 1, queries | 1, keys].
+        """
+        c = self.config
+        q = self.query(x).reshape(*x.shape[:-1], c.num_heads, c.head_dim)
+        key, value = kv
+        logits = jnp.einsum("bqhd,bkhd->bhqk", q, key).astype(jnp.float32)
+        weights = jax.nn.softmax(logits + bias.astype(jnp.float32)).astype(c.dtype)
+        weights = self.dropout(weights, deterministic=deterministic)
+        y = jnp.einsum("bhqk,bkhd->bqhd", weights, value)
+        return self.out(y.reshape(*y.shape[:-2], -1))
+
+    def __call__(self, x: Array, source: Array, bias: Array, deterministic: bool) -> Array:
+        return self.attend(x, self.project_kv(source), bias, deterministic)
+
+
+class Mlp(nn.Module):
+    """Gated GELU: wo(gelu(wi_0 x) * wi_1 x) (Shazeer 2020)."""
+
+    config: T5Config
+
+    @nn.compact
+    def __call__(self, x: Array, deterministic: bool) -> Array:
+        c = self.config
+        gate = Dense(c.mlp_dim, ("embed", "mlp"), c.dtype, name="wi_0")(x)
+        linear = Dense(c.mlp_dim, ("embed", "mlp"), c.dtype, name="wi_1")(x)
+        hidden = jax.nn.gelu(gate, approximate=True) * linear
+        hidden = nn.Dropout(c.dropout_rate, broadcast_dims=(-2,))(
+            hidden, deterministic=deterministic
+        )
+        return Dense(c.embed_dim, ("mlp", "embed"), c.dtype, name="wo")(hidden)
+
+
+class EncoderLayer(nn.Module):
+    config: T5Config
+
+    def setup(self) -> None:
+        c = self.config
+        self.pre_attention_layer_norm = RMSNorm(c.dtype)
+        self.attention = Attention(c)
+        self.pre_mlp_layer_norm = RMSNorm(c.dtype)
+        self.mlp = Mlp(c)
+        self.dropout = nn.Dropout(c.dropout_rate, broadcast_dims=(-2,))
+
+    def __call__(self, x: Array, bias: Array, deterministic: bool) -> Array:
+        y = self.pre_attention_layer_norm(x)
+        x = x + self.dropout(self.attention(y, y, bias, deterministic), deterministic)
+        y = self.pre_mlp_layer_norm(x)
+        return x + self.dropout(self.mlp(y, deterministic), deterministic)
+
+
+class DecoderLayer(nn.Module):
+    config: T5Config
+
+    def setup(self) -> None:
+        c = self.config
+        self.pre_self_attention_layer_norm = RMSNorm(c.dtype)
+        self.self_attention = Attention(c)
+        self.pre_cross_attention_layer_norm = RMSNorm(c.dtype)
+        self.encoder_decoder_attention = Attention(c)
+        self.pre_mlp_layer_norm = RMSNorm(c.dtype)
+        self.mlp = Mlp(c)
+        self.dropout = nn.Dropout(c.dropout_rate, broadcast_dims=(-2,))
+
+    def __call__(
+        self, x: Array, encoded: Array, bias: Array, cross_bias: Array, deterministic: bool
+    ) -> Array:
+        y = self.pre_self_attention_layer_norm(x)
+        x = x + self.dropout(self.self_attention(y, y, bias, deterministic), deterministic)
+        y = self.pre_cross_attention_layer_norm(x)
+        cross = self.encoder_decoder_attention(y, encoded, cross_bias, deterministic)
+        x = x + self.dropout(cross, deterministic)
+        y = self.pre_mlp_layer_norm(x)
+        return x + self.dropout(self.mlp(y, deterministic), deterministic)
+
+    def cross_kv(self, encoded: Array) -> tuple[Array, Array]:
+        return self.encoder_decoder_attention.project_kv(encoded)
+
+    def step(
+        self,
+        x: Array,
+        position: Array,
+        self_kv: tuple[Array, Array],
+        bias: Array,
+        cross_kv: tuple[Array, Array],
+        cross_bias: Array,
+    ) -> tuple[Array, tuple[Array, Array]]:
+        """One token for each beam: x [batch, beam, embed] -> (x, updated self_kv).
+
+        The beams are the "queries" of one cross-attention over the shared keys and values.
+        """
+        batch, beam, embed = x.shape
+        y = self.pre_self_attention_layer_norm(x)
+        new = self.self_attention.project_kv(y)  # two of [batch, beam, heads, kv]
+        self_kv = jax.tree.map(
+            lambda old, now: jax.lax.dynamic_update_index_in_dim(old, now, position, axis=2),
+            self_kv,
+            new,
+        )
+        flat_kv = jax.tree.map(lambda a: a.reshape(batch * beam, *a.shape[2:]), self_kv)
+        y = self.self_attention.attend(y.reshape(batch * beam, 1, embed), flat_kv, bias, True)
+        x = x + y.reshape(batch, beam, embed)
+        y = self.pre_cross_attention_layer_norm(x)
+        x = x + self.encoder_decoder_attention.attend(y, cross_kv, cross_bias, True)
+        y = self.pre_mlp_layer_norm(x)
+        return x + self.mlp(y, True), self_kv
+
+
+class Encoder(nn.Module):
+    config: T5Config
+
+    def setup(self) -> None:
+        c = self.config
+        layer = nn.remat(EncoderLayer, static_argnums=(3,)) if c.remat else EncoderLayer
+        self.relpos_bias = RelativeBias(c, bidirectional=True)
+        self.layers = [layer(c) for _ in range(c.num_encoder_layers)]
+        self.encoder_norm = RMSNorm(c.dtype)
+        self.dropout = nn.Dropout(c.dropout_rate, broadcast_dims=(-2,))
+
+    def __call__(self, embedded: Array, bias: Array, deterministic: bool) -> Array:
+        positions = jnp.arange(embedded.shape[1])
+        bias = bias + self.relpos_bias(positions, positions)
+        x = self.dropout(embedded, deterministic)
+        for layer in self.layers:
+            x = layer(x, bias, deterministic)
+        return self.dropout(self.encoder_norm(x), deterministic)
+
+
+class Decoder(nn.Module):
+    config: T5Config
+
+    def setup(self) -> None:
+        c = self.config
+        layer = nn.remat(DecoderLayer, static_argnums=(5,)) if c.remat else DecoderLayer
+        self.relpos_bias = RelativeBias(c, bidirectional=False)
+        self.layers = [layer(c) for _ in range(c.num_decoder_layers)]
+        self.decoder_norm = RMSNorm(c.dtype)
+        self.dropout = nn.Dropout(c.dropout_rate, broadcast_dims=(-2,))
+        if not c.tied_embeddings:
+            self.logits_dense = OutputMatrix(c)
+
+    def __call__(
+        self, embedded: Array, encoded: Array, cross_bias: Array, deterministic: bool
+    ) -> Array:
+        positions = jnp.arange(embedded.shape[1])
+        causal = jnp.where(positions[:, None] >= positions[None, :], 0.0, NEGATIVE)
+        bias = causal + self.relpos_bias(positions, positions)
+        x = self.dropout(embedded, deterministic)
+        for layer in self.layers:
+            x = layer(x, encoded, bias, cross_bias, deterministic)
+        return self.dropout(self.decoder_norm(x), deterministic)
+
+    def cross_kv(self, encoded: Array) -> tuple[tuple[Array, Array], ...]:
+        return tuple(layer.cross_kv(encoded) for layer in self.layers)
+
+    def step(
+        self, embedded: Array, position: Array, cache: DecodingCache, cross: CrossCache
+    ) -> tuple[Array, DecodingCache]:
+        max_length = cache.self_kv[0][0].shape[2]
+        keys = jnp.arange(max_length)
+        bias = self.relpos_bias(position[None], keys) + jnp.where(keys <= position, 0.0, NEGATIVE)
+        x, updated = embedded, []
+        for layer, self_kv, cross_kv in zip(
+            self.layers, cache.self_kv, cross.cross_kv, strict=True
+        ):
+            x, self_kv = layer.step(x, position, self_kv, bias, cross_kv, cross.bias)
+            updated.append(self_kv)
+        return self.decoder_norm(x), DecodingCache(tuple(updated))
+
+
+class OutputMatrix(nn.Module):
+    """T5 1.1's output matrix, [embed, vocab]; read by columns, so that only docids are scored."""
+
+    config: T5Config
+
+    def setup(self) -> None:
+        self.kernel = partitioning.param_with_axes(
+            "kernel",
+            nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal"),
+            (self.config.embed_dim, self.config.vocab_size),
+            jnp.float32,
+            axes=("embed", "vocab"),
+        )
+
+    def columns(self, select: Any) -> Array:
+        return select(self.kernel)
+
+
+class T5(nn.Module):
+    """Encoder and decoder. Methods are called with `network.apply(..., method=...)`."""
+
+    config: T5Config
+
+    def setup(self) -> None:
+        self.token_embedder = Embed(self.config)
+        self.encoder = Encoder(self.config)
+        self.decoder = Decoder(self.config)
+
+    def encode(self, tokens: Array, *, deterministic: bool = True) -> Array:
+        """int32 [batch, length], 0 = padding -> [batch, length, embed]."""
+        return self.encoder(self.token_embedder(tokens), padding_bias(tokens), deterministic)
+
+    def decode(
+        self, encoded: Array, encoder_tokens: Array, tokens: Array, *, deterministic: bool = True
+    ) -> Array:
+        """Teacher-forced states [batch, docid length, embed] for decoder inputs `tokens`."""
+        bias = padding_bias(encoder_tokens)
+        return self.decoder(self.token_embedder(tokens), encoded, bias, deterministic)
+
+    def __call__(
+        self, encoder_tokens: Array, decoder_tokens: Array, *, deterministic: bool = True
+    ) -> Array:
+        encoded = self.encode(encoder_tokens, deterministic=deterministic)
+        return self.decode(encoded, encoder_tokens, decoder_tokens, deterministic=deterministic)
+
+    def output_columns(self, select: Any) -> Array:
+        """The output matrix after `select`, a function of [embed, vocab] -> [embed, chosen]."""
+        if self.config.tied_embeddings:
+            # T5 scales the states by embed^-1/2 when input and output share the embedding.
+            return select(self.token_embedder.embedding.T) * self.config.embed_dim**-0.5
+        return self.decoder.logits_dense.columns(select)
+
+    def logits(self, states: Array) -> Array:
+        """Logits over the whole vocabulary, float32 [..., vocab]."""
+        kernel = self.output_columns(lambda kernel: kernel)
+        return jnp.dot(states, kernel.astype(self.config.dtype)).astype(jnp.float32)
+
+    def start(self, encoder_tokens: Array) -> CrossCache:
+        """Encodes the queries once and projects the decoder's view of them, layer by layer."""
+        encoded = self.encode(encoder_tokens)
+        return CrossCache(self.decoder.cross_kv(encoded), padding_bias(encoder_tokens))
+
+    def step(
+        self, tokens: Array, position: Array, cache: DecodingCache, cross: CrossCache
+    ) -> tuple[Array, DecodingCache]:
+        """Decoder states [batch, beam, embed] after int32 `tokens` [batch, beam] at `position`."""
+        return self.decoder.step(self.token_embedder(tokens), position, cache, cross)
+
+
+def padding_bias(tokens: Array) -> Array:
+    """float32 [batch, 1, 1, length]: 0 at tokens, very negative at padding (id 0)."""
+    return jnp.where(tokens > 0, 0.0, NEGATIVE)[:, None, None, :]
+
+
+def empty_cache(config: T5Config, batch: int, beam: int, max_length: int) -> DecodingCache:
+    """A cache for `max_length` steps of `batch` x `beam` hypotheses, all zero."""
+    shape = (batch, beam, max_length, config.num_heads, config.head_dim)
+    zero = jnp.zeros(shape, config.dtype)
+    return DecodingCache(tuple((zero, zero) for _ in range(config.num_decoder_layers)))
