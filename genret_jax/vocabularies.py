@@ -45,11 +45,11 @@ class DocidSpace:
 
     def to_model(self, local: _A) -> _A:
         """Local ids -> model ids, for int arrays of numpy or JAX."""
-        return local + (self.start - 2) * (local >= 2)  # type: ignore[operator]
+        return local + (self.start - 2) * (local >= 2).astype(local.dtype)  # type: ignore
 
     def to_local(self, token: _A) -> _A:
         """Model ids -> local ids; the inverse of `to_model`."""
-        return token - (self.start - 2) * (token >= 2)  # type: ignore[operator]
+        return token - (self.start - 2) * (token >= 2).astype(token.dtype)  # type: ignore
 
 
 @dataclasses.dataclass(frozen=True)

@@ -161,20 +161,22 @@ class SentenceEncoder:
         """
         if self._model is None:
             self._model = _load_encoder(self.folder)
-        size: int = self._model.get_sentence_embedding_dimension()
-        out = np.zeros((len(texts), size), np.float32)
+        out = np.zeros((len(texts), 0), np.float32)
         # Longest first: batches of like length waste no padding, and too large a batch fails early.
         order = np.argsort([-len(text) for text in texts], kind="stable")
         with progress(description="encode", total=len(texts), unit=unit) as bar:
             for start in range(0, len(order), batch):
                 rows = order[start : start + batch]
-                out[rows] = self._model.encode(
+                encoded = self._model.encode(
                     [texts[row] for row in rows],
                     batch_size=batch,
                     normalize_embeddings=True,
                     convert_to_numpy=True,
                     show_progress_bar=False,
                 )
+                if not start:  # the width is known from the first batch
+                    out = np.zeros((len(texts), encoded.shape[1]), np.float32)
+                out[rows] = encoded
                 bar.update(len(rows))
         return out
 

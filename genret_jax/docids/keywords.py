@@ -164,6 +164,8 @@ def _encoder_ranking(
             own = own[own >= 0]
             if allowed is not None:
                 own = own[allowed[own]]
+            if not len(own):
+                continue
             vectors = word_vectors[np.searchsorted(distinct, own)]
             chosen = marginal_relevance(
                 vectors @ text_vectors[row], vectors @ vectors.T, depth, diversity=diversity

@@ -124,9 +124,9 @@ def pq_docids(
     Args:
       texts: one for each document, in corpus order.
       codebooks: codes in an identifier; each has its own tokens.
-      codes: centroids in a codebook; 0 takes the power of two next to the square root of the number
-        of texts, from 8 to 256 (which published systems have). More would give small corpora a
-        centroid for almost every text, and later codes nothing to tell.
+      codes: centroids in a codebook; 0 takes the power of two next to twice the square root of the
+        number of texts, from 8 to 256 (which published systems have). More would give small corpora
+        a centroid for almost every text, and later codes nothing to tell.
       collisions: "resolve" appends a number to every identifier if any two are equal (all keep one
         length); "keep" leaves them equal.
       features: see `genret_jax.docids.features.document_features`.
@@ -168,7 +168,7 @@ def _quantised_docids(
     collisions_lib.check_collisions(str(settings["collisions"]))
     seed, codebooks = int(settings["seed"]), int(settings["codebooks"])
     if settings["codes"] == 0:
-        settings["codes"] = 2 ** min(8, max(3, round(math.log2(math.sqrt(len(texts))))))
+        settings["codes"] = 2 ** min(8, max(3, round(math.log2(2 * math.sqrt(len(texts))))))
     vectors = document_features(
         texts,
         features=str(settings["features"]),

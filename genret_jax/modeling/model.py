@@ -47,6 +47,18 @@ class RetrievalModel:
         )
         return variables["params"], variables["params_axes"]
 
+    def parameter_axes(self) -> Any:
+        """The logical axis names alone, without making parameters."""
+        found: list[Any] = []
+
+        def init(rng: Array) -> Params:
+            params, axes = self.init(rng)
+            found.append(axes)
+            return params
+
+        jax.eval_shape(init, jax.random.key(0))
+        return found[0]
+
     def docid_logits(
         self, params: Params, states: Float[Array, "... embed"]
     ) -> Float[Array, "... docid_vocab"]:

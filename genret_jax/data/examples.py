@@ -1,0 +1,121 @@
+"""What there is to learn from, as token arrays in memory: plain numpy, made once."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from genret_jax.corpus import Document
+from genret_jax.docids.table import DocidTable
+from genret_jax.errors import UserError
+from genret_jax.vocabularies import Vocabulary
+
+
+@dataclasses.dataclass(frozen=True)
+class Ragged:
+    """Token sequences end to end.
+
+    Attributes:
+      values: int32[tokens in all].
+      offsets: int64[sequences + 1].
+    """
+
+    values: np.ndarray
+    offsets: np.ndarray
+
+    @classmethod
+    def of(cls, sequences: Sequence[Sequence[int]]) -> Ragged:
+        lengths = np.fromiter(map(len, sequences), np.int64, len(sequences))
+        values = np.fromiter((t for s in sequences for t in s), np.int32, int(lengths.sum()))
+        return cls(values, np.concatenate([[0], np.cumsum(lengths)]))
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        return self.values[self.offsets[i] : self.offsets[i + 1]]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.offsets)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingExamples:
+    """Queries, documents and docids as tokens, without EOS on the encoder's side.
+
+    Attributes:
+      queries: text pieces of each (query, relevant document) pair's query.
+      query_rows: int32[pairs], the docid row to be written.
+      titles, bodies: text pieces of each document.
+      document_rows: int32[documents], a docid row of each document.
+      docids: int32[rows, docid length], rows in the model's id space, 0-padded.
+    """
+
+    queries: Ragged
+    query_rows: np.ndarray
+    titles: Ragged
+    bodies: Ragged
+    document_rows: np.ndarray
+    docids: np.ndarray
+
+    def input_length(self, *, share: float = 0.99, multiple: int = 8, most: int = 128) -> int:
+        """Encoder tokens that hold `share` of the queries whole, EOS included.
+
+        Without queries, documents are all there is to learn from, and 32 tokens of one are
+        about what a question is long.
+        """
+        if not len(self.queries):
+            return min(32, most)
+        length = int(np.quantile(self.queries.lengths, share, method="higher")) + 1
+        return min(-(-length // multiple) * multiple, most)
+
+
+def make_examples(
+    documents: Sequence[Document],
+    pairs: Sequence[tuple[str, int]],
+    vocabulary: Vocabulary,
+    table: DocidTable,
+) -> TrainingExamples:
+    """Tokenises everything once.
+
+    Args:
+      documents: the corpus.
+      pairs: (query, position of a relevant document), as `Corpus.pairs` gives them.
+      vocabulary: text pieces and docid block.
+      table: docids; where a document owns several rows, its queries go to each in turn.
+
+    Raises:
+      UserError: when a document has no docid.
+    """
+    rows_of = _rows_of(table, len(documents))
+    encode = vocabulary._pieces.EncodeAsIds
+    turn: dict[int, int] = {}
+    query_rows = np.zeros(len(pairs), np.int32)
+    for i, (_, position) in enumerate(pairs):
+        rows = rows_of[position]
+        query_rows[i] = rows[turn.get(position, 0) % len(rows)]
+        turn[position] = turn.get(position, 0) + 1
+    return TrainingExamples(
+        queries=Ragged.of(encode([query for query, _ in pairs])),
+        query_rows=query_rows,
+        titles=Ragged.of(encode([d.title for d in documents])),
+        bodies=Ragged.of(encode([d.text for d in documents])),
+        document_rows=np.array([rows[0] for rows in rows_of], np.int32),
+        docids=np.asarray(vocabulary.docids.to_model(np.asarray(table.tokens))),
+    )
+
+
+def _rows_of(table: DocidTable, documents: int) -> list[np.ndarray]:
+    order = np.argsort(table.documents, kind="stable")
+    bounds = np.searchsorted(table.documents[order], np.arange(documents + 1))
+    rows = [order[a:b] for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    without = [i for i, r in enumerate(rows) if not len(r)]
+    if without:
+        raise UserError(
+            f"{len(without)} of {documents} documents have no docid (the first is at position "
+            f"{without[0]}); give every document a row in the docid table"
+        )
+    return rows

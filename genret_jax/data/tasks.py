@@ -1,0 +1,192 @@
+"""SeqIO tasks over a corpus in memory: retrieval, indexing, and their mixture.
+
+- retrieval: a train query -> the docid of a relevant document.
+- indexing: a piece of a document -> its docid. A piece is the title, the beginning, or a random
+  span of the text as in NCI (Wang et al. 2022); spans are as long as queries are, because a model
+  that reads only long spans in training has never seen an input of a query's length.
+
+T5X reads these tasks as they are. The native trainer runs them a fixed number of times into memory
+(`genret_jax.data.batches`), because a tf.data map costs more a small example than its training.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import seqio
+import tensorflow as tf
+
+from genret_jax.data.examples import Ragged, TrainingExamples
+from genret_jax.data.vocabulary import SeqioVocabulary
+
+_SHUFFLE_BUFFER = 200_000
+
+
+def register(
+    name: str,
+    examples: TrainingExamples,
+    vocabulary: SeqioVocabulary,
+    *,
+    indexing_share: float = 0.3,
+    title_share: float = 0.3,
+    word_dropout: float = 0.0,
+) -> str:
+    """Registers `NAME_retrieval`, `NAME_indexing` and the mixture `NAME`; replaces earlier ones.
+
+    Args:
+      name: of the mixture.
+      examples: what to learn from.
+      vocabulary: for both features.
+      indexing_share: share of indexing examples in the mixture; 1 without train queries.
+      title_share: share of titles among the indexing examples; as many beginnings follow at a
+        third of it, and the rest are random spans.
+      word_dropout: share of text pieces left out of an input at random.
+
+    Returns:
+      The name of the mixture.
+    """
+    if not 0 <= indexing_share <= 1:
+        raise ValueError(f"indexing_share must be in [0, 1], found {indexing_share}")
+    features = {
+        "inputs": seqio.Feature(vocabulary, add_eos=True, dtype=tf.int32),
+        "targets": seqio.Feature(vocabulary, add_eos=False, dtype=tf.int32),
+    }
+    finish: list[Callable] = [seqio.preprocessors.append_eos_after_trim]
+    if word_dropout:
+        finish.insert(0, functools.partial(drop_words, rate=word_dropout))
+    rates = []
+    if len(examples.queries) and indexing_share < 1:
+        _add_task(f"{name}_retrieval", retrieval_source(examples), finish, features)
+        rates.append((f"{name}_retrieval", 1 - indexing_share))
+    if indexing_share > 0 or not rates:
+        pieces = functools.partial(
+            document_pieces, lengths=_span_lengths(examples), title_share=title_share
+        )
+        _add_task(f"{name}_indexing", indexing_source(examples), [pieces, *finish], features)
+        rates.append((f"{name}_indexing", indexing_share or 1.0))
+    seqio.MixtureRegistry.remove(name)
+    seqio.MixtureRegistry.add(name, rates)
+    return name
+
+
+def _add_task(
+    name: str,
+    source: seqio.FunctionDataSource,
+    preprocessors: list[Callable],
+    features: Mapping[str, seqio.Feature],
+) -> None:
+    seqio.TaskRegistry.remove(name)
+    seqio.TaskRegistry.add(
+        name,
+        source=source,
+        preprocessors=preprocessors,
+        output_features=features,
+        shuffle_buffer_size=_SHUFFLE_BUFFER,
+    )
+
+
+def retrieval_source(examples: TrainingExamples) -> seqio.FunctionDataSource:
+    """{"inputs": query pieces, "targets": docid} for every pair of the train split."""
+    read_query = _reader(examples.queries)
+    rows = tf.constant(examples.query_rows)
+    docids = tf.constant(examples.docids)
+
+    def example(i: tf.Tensor) -> dict[str, tf.Tensor]:
+        return {"inputs": read_query(i), "targets": _docid(docids, rows[i])}
+
+    return _source(len(examples.queries), example)
+
+
+def indexing_source(examples: TrainingExamples) -> seqio.FunctionDataSource:
+    """{"title", "body": pieces, "targets": docid} for every document."""
+    read_title, read_body = _reader(examples.titles), _reader(examples.bodies)
+    rows = tf.constant(examples.document_rows)
+    docids = tf.constant(examples.docids)
+
+    def example(i: tf.Tensor) -> dict[str, tf.Tensor]:
+        targets = _docid(docids, rows[i])
+        return {"title": read_title(i), "body": read_body(i), "targets": targets}
+
+    return _source(len(examples.document_rows), example)
+
+
+def _source(size: int, example: Callable[[tf.Tensor], dict]) -> seqio.FunctionDataSource:
+    def dataset_fn(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
+        del split, shuffle_files, seed  # tasks shuffle with a buffer as large as the data
+        return tf.data.Dataset.range(size).map(example)
+
+    return seqio.FunctionDataSource(dataset_fn, splits=("train",))
+
+
+def _reader(sequences: Ragged) -> Callable[[tf.Tensor], tf.Tensor]:
+    values, offsets = tf.constant(sequences.values), tf.constant(sequences.offsets)
+    return lambda i: values[offsets[i] : offsets[i + 1]]
+
+
+def _docid(docids: tf.Tensor, row: tf.Tensor) -> tf.Tensor:
+    tokens = docids[row]
+    return tokens[: tf.math.count_nonzero(tokens, dtype=tf.int32)]
+
+
+def _span_lengths(examples: TrainingExamples) -> np.ndarray:
+    """int32[101]: quantiles of the lengths of queries; 8 to 32 where there are none."""
+    if not len(examples.queries):
+        return np.linspace(8, 32, 101).astype(np.int32)
+    quantiles = np.quantile(examples.queries.lengths, np.linspace(0, 1, 101))
+    return np.maximum(quantiles, 3).astype(np.int32)
+
+
+@seqio.map_over_dataset(num_seeds=3)
+def _document_piece(
+    example: dict[str, tf.Tensor],
+    seeds: tf.Tensor,
+    *,
+    lengths: np.ndarray,
+    title_share: float,
+) -> dict[str, tf.Tensor]:
+    title, body = example["title"], example["body"]
+    draw = tf.random.stateless_uniform([], seeds[0])
+    drawn = tf.random.stateless_uniform([], seeds[1], maxval=len(lengths), dtype=tf.int32)
+    length = tf.constant(lengths)[drawn]
+    places = tf.maximum(tf.size(body) - length, 0) + 1
+    start = tf.random.stateless_uniform([], seeds[2], maxval=places, dtype=tf.int32)
+    span = body[start : start + length]
+    beginning = tf.concat([title, body], 0)[:length]
+    has_title, has_body = tf.size(title) > 0, tf.size(body) > 0
+    piece = tf.case(
+        [
+            (has_title & ((draw < title_share) | ~has_body), lambda: title),
+            (draw < title_share * 4 / 3, lambda: beginning),
+        ],
+        default=lambda: span,
+    )
+    return {"inputs": piece, "targets": example["targets"]}
+
+
+def document_pieces(
+    dataset: tf.data.Dataset, *, lengths: np.ndarray, title_share: float
+) -> tf.data.Dataset:
+    """Draws one piece of each document as the input, anew in every epoch.
+
+    Args:
+      dataset: examples of `indexing_source`.
+      lengths: int32[any], span lengths to draw from, evenly.
+      title_share: see `register`.
+    """
+    return _document_piece(dataset, lengths=lengths, title_share=title_share)
+
+
+@seqio.map_over_dataset(num_seeds=1)
+def _drop_words(
+    example: dict[str, tf.Tensor], seed: tf.Tensor, *, rate: float
+) -> dict[str, tf.Tensor]:
+    inputs = example["inputs"]
+    kept = tf.boolean_mask(inputs, tf.random.stateless_uniform(tf.shape(inputs), seed) >= rate)
+    return {**example, "inputs": tf.cond(tf.size(kept) > 0, lambda: kept, lambda: inputs)}
+
+
+def drop_words(dataset: tf.data.Dataset, *, rate: float) -> tf.data.Dataset:
+    """Leaves out each text piece with probability `rate`; an input is never emptied."""
+    return _drop_words(dataset, rate=rate)

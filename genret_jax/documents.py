@@ -1,0 +1,52 @@
+"""The documents of a retriever on disk: read one by one, never all."""
+
+from __future__ import annotations
+
+import json
+import mmap
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from genret_jax.corpus import Document
+from genret_jax.errors import UserError
+
+
+class DocumentStore:
+    """Documents by position, from a memory-mapped JSON-lines file.
+
+    Args:
+      folder: holds documents.jsonl and documents.offsets.npy (int64[documents + 1]).
+    """
+
+    def __init__(self, folder: str | Path):
+        folder = Path(folder)
+        try:
+            self._offsets = np.load(folder / "documents.offsets.npy", mmap_mode="r")
+            with open(folder / "documents.jsonl", "rb") as file:
+                self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{folder}: no document store here ({error}); make it again with `genret fit`"
+            ) from None
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    def __getitem__(self, position: int) -> Document:
+        line = self._bytes[self._offsets[position] : self._offsets[position + 1]]
+        record = json.loads(line)
+        return Document(record["_id"], record["title"], record["text"])
+
+
+def write_documents(documents: Iterable[Document], folder: str | Path) -> None:
+    """Writes the two files of a DocumentStore into an existing folder; BEIR's field names."""
+    folder = Path(folder)
+    offsets = [0]
+    with open(folder / "documents.jsonl", "wb") as file:
+        for document in documents:
+            record = {"_id": document.id, "title": document.title, "text": document.text}
+            line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
+            offsets.append(offsets[-1] + file.write(line))
+    np.save(folder / "documents.offsets.npy", np.asarray(offsets, np.int64))

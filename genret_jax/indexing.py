@@ -1,0 +1,169 @@
+"""Corpus -> index: vocabulary, docids, trie and document store in one folder.
+
+The index is everything of a retriever but its weights. `genret index` stops here; `genret fit`
+trains a model over it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from genret_jax.corpus import Corpus, Document
+from genret_jax.docids.build import build_docids
+from genret_jax.docids.table import DocidTable
+from genret_jax.documents import DocumentStore, write_documents
+from genret_jax.errors import UserError
+from genret_jax.files import replace_on_success
+from genret_jax.recipe import DocidConfig, VocabularyConfig
+from genret_jax.trie import Trie, build_trie
+from genret_jax.vocabularies import Vocabulary, read_text_model, train_text_model
+
+FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Index:
+    """An opened index.
+
+    Attributes:
+      vocabulary: text pieces and docid block.
+      table: docids; trie: the same as transitions; documents: their texts, by position.
+      about: what index.json says: format, fingerprint, kind, settings, report.
+    """
+
+    vocabulary: Vocabulary
+    table: DocidTable
+    trie: Trie
+    documents: DocumentStore
+    about: dict[str, Any]
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Index:
+        folder = Path(folder)
+        about = read_json(folder / "index.json", what="index")
+        return cls(
+            vocabulary=Vocabulary.load(folder),
+            table=DocidTable.load(folder / "docids"),
+            trie=Trie.load(folder / "trie"),
+            documents=DocumentStore(folder),
+            about=about,
+        )
+
+
+def read_json(path: Path, *, what: str) -> dict[str, Any]:
+    """A JSON object that this package wrote, or one clear line.
+
+    Raises:
+      UserError: when the file is missing, broken, or of another format version.
+    """
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+        found = about["format"]
+    except FileNotFoundError:
+        raise UserError(
+            f"{path.parent}: no {what} of genret_jax here ({path.name} is missing); "
+            "make one with `genret fit CORPUS --out RUN`"
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not written by genret_jax ({error}); make it again") from None
+    if found != FORMAT:
+        raise UserError(
+            f"{path}: format {found}, but this version reads format {FORMAT}; make it again"
+        )
+    return about
+
+
+def build_index(
+    corpus: Corpus,
+    folder: str | Path,
+    *,
+    docids: DocidConfig,
+    vocabulary: VocabularyConfig,
+    pairs: Sequence[tuple[str, int]] = (),
+    seed: int = 0,
+) -> Index:
+    """Makes the index of a corpus in `folder`, whole or not at all; opens one made before.
+
+    Args:
+      corpus: documents, all of which are indexed.
+      folder: of the index; one with the same fingerprint is used as it is.
+      docids, vocabulary: how to make them.
+      pairs: train (query, position of a relevant document): the vocabulary is trained on their
+        queries too, and docids may be made from them. Never dev or test queries.
+      seed: of clustering.
+
+    Raises:
+      UserError: when `folder` holds an index of something else.
+    """
+    folder = Path(folder)
+    fingerprint = _fingerprint(corpus.documents, pairs, docids, vocabulary, seed)
+    if (folder / "index.json").exists():
+        index = Index.load(folder)
+        if index.about["fingerprint"] != fingerprint:
+            raise UserError(
+                f"{folder}: made from another corpus or with other settings; choose another "
+                "--out or delete the folder"
+            )
+        return index
+    began = time.monotonic()
+    texts = [f"{d.title}. {d.text}" if d.title else d.text for d in corpus.documents]
+    text_model = _text_model(vocabulary, [*texts, *(query for query, _ in pairs)])
+    words = Vocabulary(text_model, docid_size=2)
+    if docids.with_queries:
+        for query, position in pairs:
+            texts[position] += f" {query}"
+    table = build_docids(
+        docids.kind,
+        corpus.documents,
+        pieces=words.pieces,
+        texts=texts,
+        seed=seed,
+        **docids.settings,
+    )
+    trie = build_trie(table)
+    about = {
+        "format": FORMAT,
+        "fingerprint": fingerprint,
+        "corpus": corpus.name,
+        "documents": len(corpus.documents),
+        "docids": {"kind": table.kind, "settings": dict(table.settings)},
+        "report": {**table.report(), "trie": trie.report()},
+        "warnings": list(corpus.warnings),
+        "seconds": round(time.monotonic() - began, 1),
+    }
+    with replace_on_success(folder) as temporary:
+        temporary.mkdir()
+        Vocabulary(text_model, table.vocab_size).save(temporary)
+        table.save(temporary / "docids")
+        trie.save(temporary / "trie")
+        write_documents(corpus.documents, temporary)
+        (temporary / "index.json").write_text(json.dumps(about, indent=1))
+    return Index.load(folder)
+
+
+def _text_model(config: VocabularyConfig, texts: Sequence[str]) -> bytes:
+    if config.model:
+        return read_text_model(config.model)
+    return train_text_model(texts, size=config.size, casefold=config.casefold)
+
+
+def _fingerprint(
+    documents: Sequence[Document],
+    pairs: Sequence[tuple[str, int]],
+    docids: DocidConfig,
+    vocabulary: VocabularyConfig,
+    seed: int,
+) -> str:
+    settings = [dataclasses.asdict(docids), dataclasses.asdict(vocabulary), seed]
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for document in documents:
+        digest.update(f"{document.id}\0{document.title}\0{document.text}\1".encode())
+    for query, position in pairs:
+        digest.update(f"{query}\0{position}\1".encode())
+    return digest.hexdigest()

@@ -1,0 +1,220 @@
+"""What a method is: identifiers, network, data, losses and schedule, written in gin.
+
+The dataclasses here are all that gin can reach; the library behind them takes plain arguments.
+A gin file sets their fields (`NetworkConfig.embed_dim = 128`), files include one another, and
+command-line bindings come last.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import gin
+
+from genret_jax.errors import UserError
+from genret_jax.modeling.network import T5Config
+
+_PACKAGE = Path(__file__).resolve().parent
+
+
+@dataclasses.dataclass(frozen=True)
+class NetworkConfig:
+    """Sizes of the network; see `T5Config`."""
+
+    embed_dim: int = 128
+    num_heads: int = 4
+    head_dim: int = 32
+    mlp_dim: int = 256
+    num_encoder_layers: int = 2
+    num_decoder_layers: int = 2
+    dropout_rate: float = 0.1
+    tied_embeddings: bool = False
+    embedding_scale: float = 1.0
+    dtype: str = "float32"
+    remat: bool = False
+
+    def t5(self, vocab_size: int) -> T5Config:
+        return T5Config(vocab_size=vocab_size, **dataclasses.asdict(self))
+
+
+@dataclasses.dataclass(frozen=True)
+class DocidConfig:
+    """Identifiers: `kind` and its `settings`, as `genret_jax.docids.build_docids` takes them.
+
+    Attributes:
+      with_queries: the texts that terms and clusters are computed from include the document's
+        train queries.
+    """
+
+    kind: str = "hierarchical"
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    with_queries: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class VocabularyConfig:
+    """Text pieces.
+
+    Attributes:
+      size: pieces at most, where a vocabulary is trained on the corpus.
+      model: path of a SentencePiece model to use instead; "" for none.
+      casefold: lower-case, where one is trained.
+    """
+
+    size: int = 2000
+    model: str = ""
+    casefold: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Training data.
+
+    Attributes:
+      indexing_share, title_share, word_dropout: see `genret_jax.data.tasks.register`.
+      indexing_passes: pieces drawn of each document, for the whole training.
+      input_length: encoder tokens; 0 lets the train queries decide (99 % of them fit).
+      dev_queries: queries of an evaluation during training, at most.
+      held_out: share of the train queries that are held out as dev in a corpus without dev split.
+    """
+
+    indexing_share: float = 0.3
+    title_share: float = 0.3
+    word_dropout: float = 0.0
+    indexing_passes: int = 8
+    input_length: int = 0
+    dev_queries: int = 1000
+    held_out: float = 0.05
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """See `genret_jax.modeling.losses.docid_cross_entropy`."""
+
+    label_smoothing: float = 0.1
+    z_loss: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How to train.
+
+    Attributes:
+      steps: of a run without a time budget.
+      batch_size: examples of a global batch.
+      optimizer, learning_rate, schedule, warmup_steps, weight_decay, clip_norm: see
+        `genret_jax.training.optimizers`.
+      evaluations: dev evaluations, evenly spread; the last is at the end.
+      metric: the dev metric by which the best parameters are chosen.
+      checkpoint_every, log_every: steps.
+      model_parallel: devices that share one copy of the parameters.
+      seed: of parameters, dropout, spans and order.
+    """
+
+    steps: int = 10_000
+    batch_size: int = 256
+    optimizer: str = "adamw"
+    learning_rate: float = 2e-3
+    schedule: str = "cosine"
+    warmup_steps: int = 200
+    weight_decay: float = 0.01
+    clip_norm: float = 1.0
+    evaluations: int = 8
+    metric: str = "mrr@10"
+    checkpoint_every: int = 500
+    log_every: int = 50
+    model_parallel: int = 1
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Everything that decides what a run does, besides its corpus."""
+
+    method: str
+    network: NetworkConfig
+    docids: DocidConfig
+    vocabulary: VocabularyConfig
+    data: DataConfig
+    loss: LossConfig
+    train: TrainConfig
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+_PARTS = {
+    "network": NetworkConfig,
+    "docids": DocidConfig,
+    "vocabulary": VocabularyConfig,
+    "data": DataConfig,
+    "loss": LossConfig,
+    "train": TrainConfig,
+}
+_CONFIGURABLE = {
+    name: gin.external_configurable(part, name=part.__name__) for name, part in _PARTS.items()
+}
+
+
+def gin_folder() -> Path:
+    """Where the gin files are: in the installed package, or beside it in a checkout."""
+    inside = _PACKAGE / "gin_configs"
+    return inside if inside.is_dir() else _PACKAGE.parent / "gin_configs"
+
+
+def methods() -> list[str]:
+    """Names that `--method` takes."""
+    return sorted(p.stem for p in (gin_folder() / "methods").glob("*.gin"))
+
+
+def sizes() -> list[str]:
+    """Names that `--size` takes."""
+    return sorted(p.stem for p in (gin_folder() / "models").glob("*.gin"))
+
+
+def load_recipe(
+    method: str,
+    *,
+    size: str | None = None,
+    gin_files: Sequence[str | Path] = (),
+    bindings: Sequence[str] = (),
+) -> Recipe:
+    """Reads a method's gin file, then a size, further files, and bindings, each over the last.
+
+    Args:
+      method: one of `methods()`.
+      size: one of `sizes()`; the method's own by default.
+      gin_files: further files.
+      bindings: lines of gin, such as "TrainConfig.steps = 100".
+
+    Raises:
+      UserError: for a name or a line that does not exist or does not parse.
+    """
+    files = [_named("method", "methods", method, methods())]
+    if size:
+        files.append(_named("size", "models", size, sizes()))
+    files += [Path(f) for f in gin_files]
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"{file}: no such gin file")
+    gin.clear_config()
+    gin.add_config_file_search_path(str(gin_folder()))
+    try:
+        for file in files:
+            gin.parse_config_file(str(file))
+        gin.parse_config(list(bindings))
+        return Recipe(method=method, **{name: make() for name, make in _CONFIGURABLE.items()})
+    except (ValueError, SyntaxError, TypeError, AttributeError, OSError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise UserError(f"recipe of method {method}: {lines[0] if lines else error!r}") from None
+    finally:
+        gin.clear_config()
+
+
+def _named(what: str, folder: str, name: str, names: Sequence[str]) -> Path:
+    if name not in names:
+        raise UserError(f"{what} {name!r} is not known; choose one of {', '.join(names)}")
+    return gin_folder() / folder / f"{name}.gin"

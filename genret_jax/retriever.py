@@ -1,0 +1,251 @@
+"""One folder on disk = one retriever: search, save, load. Never imports TensorFlow.
+
+    retriever/
+      retriever.json      what it is: method, network, recipe, corpus, dev metrics
+      index.json, spiece.model, vocabulary.json, docids/, trie/, documents.*   the index
+      model.safetensors   weights
+      metrics.json        dev metrics, and test metrics once `genret evaluate` has run
+      README.md           model card
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
+
+import jax
+
+from genret_jax.baselines.protocol import Hit
+from genret_jax.errors import UserError
+from genret_jax.files import replace_on_success
+from genret_jax.indexing import FORMAT, Index, read_json
+from genret_jax.modeling.model import Params, RetrievalModel
+from genret_jax.modeling.network import T5Config
+from genret_jax.ranking import Ranker
+from genret_jax.weights import load_weights, save_weights
+
+if TYPE_CHECKING:
+    from genret_jax.corpus import Corpus
+
+DEFAULT_BEAM = 100
+
+
+@dataclasses.dataclass(frozen=True)
+class RetrievedDocument(Hit):
+    """A hit with what a person wants to see of it.
+
+    Attributes:
+      title: of the document.
+      docid: its identifier as text.
+    """
+
+    title: str
+    docid: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Retriever:
+    """A trained model over an index.
+
+    Attributes:
+      index: vocabulary, docids, trie, documents.
+      params: weights, on the device.
+      about: what retriever.json says.
+      folder: where it was loaded from or saved to.
+
+    Example:
+      >>> retriever = Retriever.load("runs/onet")  # doctest: +SKIP
+      >>> retriever.search("who fixes lifts?", k=3)  # doctest: +SKIP
+    """
+
+    index: Index
+    params: Params
+    about: dict[str, Any]
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        return str(self.about["method"])
+
+    @classmethod
+    def fit(
+        cls,
+        corpus: str | Path | Corpus,
+        *,
+        out: str | Path,
+        method: str = "dsi",
+        minutes: float | None = None,
+        **recipe: Any,
+    ) -> Retriever:
+        """Trains a retriever: `genret fit` from Python.
+
+        Args:
+          corpus: a BEIR folder, a corpus.jsonl, or a Corpus.
+          out: folder of the run; a run that was interrupted goes on from its checkpoint.
+          method: name of a method.
+          minutes: time budget for everything; the recipe's steps without it.
+          **recipe: `size`, `gin_files`, `bindings` of `genret_jax.recipe.load_recipe`.
+        """
+        from genret_jax.fit import fit
+        from genret_jax.recipe import load_recipe
+
+        return fit(corpus, recipe=load_recipe(method, **recipe), out=out, minutes=minutes)
+
+    @functools.cached_property
+    def ranker(self) -> Ranker:
+        model = RetrievalModel(
+            T5Config(**self.about["network"]), self.index.vocabulary.docids
+        )
+        return Ranker(
+            model=model,
+            vocabulary=self.index.vocabulary,
+            trie=self.index.trie,
+            document_id=lambda position: self.index.documents[position].id,
+            input_length=int(self.about["input_length"]),
+        )
+
+    @overload
+    def search(self, queries: str, *, k: int = ..., beam: int = ...) -> list[RetrievedDocument]: ...
+    @overload
+    def search(
+        self, queries: Sequence[str], *, k: int = ..., beam: int = ...
+    ) -> list[list[RetrievedDocument]]: ...
+
+    def search(self, queries: Any, *, k: int = 10, beam: int = DEFAULT_BEAM) -> Any:
+        """The best documents of a query, or of each of several queries.
+
+        Args:
+          queries: one query, or a sequence of them.
+          k: documents at most; a beam smaller than k is widened to it.
+          beam: hypotheses kept in decoding: more find more and take longer.
+
+        Returns:
+          Hits, best first: a list for one query, a list of lists for several. The score is
+          log p(docid | query), in nats; documents that share a docid have the same score and
+          stand in descending order of id.
+
+        Raises:
+          UserError: for an empty query, or k or beam below 1.
+        """
+        if isinstance(queries, str):
+            return self.search([queries], k=k, beam=beam)[0]
+        if k < 1 or beam < 1:
+            raise UserError(f"k and beam must be at least 1, found k={k} and beam={beam}")
+        for number, query in enumerate(queries, 1):
+            if not query.strip():
+                raise UserError(f"query {number} of {len(queries)} is empty; write some words")
+        ranked = self.ranker.rank(self.params, queries, k=k, beam=max(beam, k))
+        return [[self._hit(r, rank) for rank, r in enumerate(hits, 1)] for hits in ranked]
+
+    def _hit(self, ranked: Any, rank: int) -> RetrievedDocument:
+        document = self.index.documents[ranked.position]
+        labels = self.index.table.labels
+        tokens = [int(t) for t in self.index.trie.rows[ranked.row] if t > 1]
+        return RetrievedDocument(
+            document=document.id,
+            score=ranked.score,
+            rank=rank,
+            title=document.title,
+            docid=" · ".join(labels[t] for t in tokens),
+        )
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the whole retriever to a folder, beside it first and then renamed."""
+        write_retriever(self.params, self.about, index_folder=self.folder, folder=folder)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Retriever:
+        """Opens a retriever: its own folder, or the run folder that `genret fit` made.
+
+        Raises:
+          UserError: when there is none, or an unfinished or foreign one.
+        """
+        folder = find_retriever(Path(folder))
+        about = read_json(folder / "retriever.json", what="retriever")
+        index = Index.load(folder)
+        params = jax.tree.map(jax.numpy.asarray, load_weights(folder / "model.safetensors"))
+        return cls(index=index, params=params, about=about, folder=folder)
+
+
+def find_retriever(folder: Path) -> Path:
+    """The retriever folder at or in `folder`.
+
+    Raises:
+      UserError: saying what is there instead.
+    """
+    if (folder / "retriever.json").is_file():
+        return folder
+    if (folder / "retriever" / "retriever.json").is_file():
+        return folder / "retriever"
+    if not folder.exists():
+        raise UserError(f"{folder}: no such folder; train a retriever with `genret fit CORPUS`")
+    if (folder / "training").is_dir():
+        raise UserError(
+            f"{folder}: its training has not ended; run the same `genret fit` again to go on"
+        )
+    if (folder / "index" / "index.json").is_file() or (folder / "index.json").is_file():
+        raise UserError(f"{folder}: an index without a model; train one with `genret fit`")
+    raise UserError(f"{folder}: not a retriever of genret_jax; give the --out folder of a fit")
+
+
+def write_retriever(
+    params: Params, about: dict[str, Any], *, index_folder: Path, folder: str | Path
+) -> None:
+    """Puts index, weights and metadata together in `folder`, whole or not at all.
+
+    Args:
+      params: weights.
+      about: for retriever.json.
+      index_folder: an index, or another retriever; its files are linked where the file system
+        can, and copied where not.
+      folder: of the retriever.
+    """
+    with replace_on_success(folder) as temporary:
+        temporary.mkdir()
+        for name in ("index.json", "spiece.model", "vocabulary.json"):
+            _link(index_folder / name, temporary / name)
+        for name in ("documents.jsonl", "documents.offsets.npy"):
+            _link(index_folder / name, temporary / name)
+        for name in ("docids", "trie"):
+            shutil.copytree(index_folder / name, temporary / name, copy_function=_link)
+        save_weights(params, temporary / "model.safetensors")
+        about = {"format": FORMAT, **about}
+        (temporary / "retriever.json").write_text(json.dumps(about, indent=1))
+        (temporary / "metrics.json").write_text(json.dumps({"dev": about["dev"]}, indent=1))
+        (temporary / "README.md").write_text(model_card(about))
+
+
+def _link(source: str | Path, target: str | Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def model_card(about: dict[str, Any]) -> str:
+    """A retriever's README: what it is, what it was trained on, how well it does on dev."""
+    corpus, training = about["corpus"], about["training"]
+    dev = "\n".join(f"| {name} | {value:.3f} |" for name, value in about["dev"].items())
+    return f"""# {about["method"]} over {corpus["name"]}
+
+A generative retriever made by genret_jax: a T5-style encoder-decoder that writes the identifier
+of the document that answers a query, inside a trie of the identifiers that exist.
+
+- documents: {corpus["documents"]}; train pairs: {training["pairs"]}; dev queries: {training["dev_queries"]}
+- identifiers: {about["docids"]["kind"]} {json.dumps(about["docids"]["settings"])}
+- parameters: {about["parameters"]:,}
+- training: {training["steps"]} steps, {training["seconds"] / 60:.1f} minutes; parameters of step {training["best_step"]}
+
+| dev metric | beam {training["dev_beam"]} |
+|---|---|
+{dev}
+
+It knows the documents of its corpus and no others, and its scores are log probabilities of
+identifiers, which do not compare between queries. Search it with `genret search FOLDER "query"`.
+"""

@@ -1,0 +1,1 @@
+"""The native trainer: sharding, checkpoints, the loop, and its curves."""

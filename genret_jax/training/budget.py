@@ -1,0 +1,86 @@
+"""How many steps a run has: those of its recipe, or those that fit into its time."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+
+@dataclasses.dataclass
+class Plan:
+    """Where a run stands in its schedule; saved with every checkpoint.
+
+    `progress` moves by (1 - progress) / (steps left) a step. With a fixed number of steps that is
+    step / total; when the total is planned anew, the learning rate goes on from where it was.
+
+    Attributes:
+      step: steps done.
+      total: steps in all; 0 while a time budget is still measuring.
+      progress: float32 in [0, 1]; in float32, so that a restored run counts as this one does.
+      elapsed: float32 seconds of the time budget used, over all sessions of the run.
+      best: float32, the best dev metric so far.
+    """
+
+    step: int = 0
+    total: int = 0
+    progress: np.float32 = np.float32(0)
+    elapsed: np.float32 = np.float32(0)
+    best: np.float32 = np.float32(-1)
+
+    @property
+    def done(self) -> bool:
+        return 0 < self.total <= self.step
+
+    def advance(self) -> None:
+        if self.total:
+            left = max(1, self.total - self.step)
+            self.progress = np.float32(self.progress + (np.float32(1) - self.progress) / left)
+        self.step += 1
+
+
+class Clock:
+    """The time budget of a whole `fit`: everything since the process began its work.
+
+    Args:
+      seconds: the budget; None for a run by steps.
+      started: `time.monotonic()` at the start.
+      reserve: seconds kept for what follows the training (writing the retriever).
+    """
+
+    def __init__(
+        self,
+        seconds: float | None,
+        *,
+        started: float | None = None,
+        reserve: float = 0.0,
+        now: Callable[[], float] = time.monotonic,
+    ):
+        self._now = now
+        self._started = now() if started is None else started
+        self._before = 0.0
+        self.seconds = seconds
+        self.reserve = reserve
+
+    def resume(self, elapsed: float) -> None:
+        """Counts the time that earlier sessions of this run have used."""
+        self._before = float(elapsed)
+
+    @property
+    def elapsed(self) -> float:
+        return self._before + self._now() - self._started
+
+    def plan(self, plan: Plan, *, step_seconds: float, other_seconds: float) -> None:
+        """Sets `plan.total` so that the run ends within the budget.
+
+        Args:
+          plan: changed in place; at least one more step is always planned.
+          step_seconds: measured time of a step.
+          other_seconds: what evaluations and checkpoints will still take.
+        """
+        if self.seconds is None:
+            return
+        left = self.seconds - self.reserve - self.elapsed - other_seconds
+        plan.total = plan.step + max(1, int(left / step_seconds))

@@ -1,0 +1,89 @@
+"""Optimisers and the learning-rate schedule."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import optax
+
+from genret_jax.errors import UserError
+
+OPTIMIZERS = ("adamw", "adafactor")
+SCHEDULES = ("cosine", "linear", "constant")
+
+
+def make_optimizer(
+    name: str, *, weight_decay: float = 0.0, clip_norm: float = 1.0
+) -> optax.GradientTransformationExtraArgs:
+    """An optax optimiser whose learning rate is a number in its state.
+
+    The trainer sets it before every step (`set_learning_rate`), because a run with a time budget
+    learns the length of its schedule only once it runs.
+
+    Args:
+      name: "adamw", or "adafactor" with updates relative to each parameter's size (Shazeer and
+        Stern 2018), which is what T5 was trained with.
+      weight_decay: AdamW's; matrices only.
+      clip_norm: of the gradient, over all parameters; 0 for none.
+    """
+    if name == "adamw":
+
+        def make(learning_rate: float) -> optax.GradientTransformation:
+            adamw = optax.adamw(
+                learning_rate,
+                b2=0.98,
+                weight_decay=weight_decay,
+                mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
+            )
+            return _clipped(adamw, clip_norm)
+
+    elif name == "adafactor":
+
+        def make(learning_rate: float) -> optax.GradientTransformation:
+            return _clipped(optax.adafactor(learning_rate, decay_rate=0.8), clip_norm)
+
+    else:
+        raise UserError(f"optimizer {name!r} is not known; choose one of {', '.join(OPTIMIZERS)}")
+    return optax.inject_hyperparams(make)(learning_rate=0.0)
+
+
+def _clipped(
+    optimizer: optax.GradientTransformation, clip_norm: float
+) -> optax.GradientTransformation:
+    if not clip_norm:
+        return optimizer
+    return optax.chain(optax.clip_by_global_norm(clip_norm), optimizer)
+
+
+def set_learning_rate(state: optax.OptState, rate: jax.Array) -> optax.OptState:
+    """The optimiser's state with another learning rate."""
+    return state._replace(hyperparams={**state.hyperparams, "learning_rate": rate})
+
+
+def learning_rate(
+    peak: float, progress: float, step: int, *, schedule: str, warmup_steps: int
+) -> float:
+    """peak * warm-up * decay, where warm-up counts steps and decay follows progress.
+
+    Args:
+      peak: the highest rate.
+      progress: share of the training behind us, in [0, 1].
+      step: steps behind us.
+      schedule: "cosine" (to 0), "linear" (to 0) or "constant".
+      warmup_steps: steps in which the rate rises linearly.
+
+    Example:
+      >>> round(learning_rate(1.0, 0.5, 1000, schedule="cosine", warmup_steps=10), 3)
+      0.5
+    """
+    warm = min(1.0, (step + 1) / max(1, warmup_steps))
+    if schedule == "cosine":
+        decay = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    elif schedule == "linear":
+        decay = max(0.0, 1 - progress)
+    elif schedule == "constant":
+        decay = 1.0
+    else:
+        raise UserError(f"schedule {schedule!r} is not known; choose one of {', '.join(SCHEDULES)}")
+    return peak * warm * decay

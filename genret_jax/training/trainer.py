@@ -1,0 +1,290 @@
+"""The training loop: a page that reads from top to bottom.
+
+    restore or initialise -> compile -> [step, log, plan, evaluate, checkpoint] ... -> best params
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import struct
+from tqdm import tqdm
+
+from genret_jax.data.batches import Batches
+from genret_jax.errors import UserError
+from genret_jax.modeling.model import Params, RetrievalModel
+from genret_jax.recipe import TrainConfig
+from genret_jax.training import partitioning
+from genret_jax.training.budget import Clock, Plan
+from genret_jax.training.checkpoints import Checkpoints
+from genret_jax.training.interruption import Interruption
+from genret_jax.training.journal import Journal
+from genret_jax.training.optimizers import learning_rate, make_optimizer, set_learning_rate
+
+log = logging.getLogger(__name__)
+Evaluate = Callable[[Params], dict[str, float]]
+_MEASURE_SECONDS = 5.0
+
+
+@struct.dataclass
+class TrainState:
+    """What a step changes. Parameters are float32; `step` is int32."""
+
+    params: Params
+    opt_state: Any
+    step: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """Attributes:
+    params: the best on dev (the last ones of a run without dev queries), on the host.
+    best_step: the step they are from.
+    dev: their dev metrics.
+    steps: steps trained.
+    """
+
+    params: Params
+    best_step: int
+    dev: dict[str, float]
+    steps: int
+
+
+def train(
+    model: RetrievalModel,
+    batches: Batches,
+    *,
+    config: TrainConfig,
+    folder: Path,
+    evaluate: Evaluate | None = None,
+    clock: Clock | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+) -> TrainResult:
+    """Trains to the end of the schedule, or goes on where the run in `folder` stopped.
+
+    Args:
+      model: gives `loss_fn(params, batch, dropout_rng) -> (loss, metrics)`.
+      batches: batch number n for any n.
+      config: see TrainConfig.
+      folder: of checkpoints and metrics.
+      evaluate: parameters -> dev metrics, with `config.metric` among them.
+      clock: a time budget; by default the run has `config.steps`.
+      mesh: all devices by default.
+
+    Raises:
+      Interrupted: after SIGTERM or Ctrl-C, once a checkpoint is written.
+    """
+    clock = clock or Clock(None)
+    mesh = mesh or partitioning.make_mesh(model_parallel=config.model_parallel)
+    stepper = Stepper(model, config, mesh)
+    state = stepper.init(jax.random.key(config.seed))
+    plan = Plan(total=0 if clock.seconds else config.steps)
+
+    with (
+        Checkpoints(folder / "checkpoints", every=config.checkpoint_every) as checkpoints,
+        Interruption() as interruption,
+    ):
+        if checkpoints.latest_step is not None:
+            state, plan = _restore(checkpoints, state)
+            clock.resume(plan.elapsed)
+            log.info("going on from step %d of %d", plan.step, plan.total)
+        journal = Journal(folder, after_step=plan.step)
+        stepper.compile(state, batches)
+        loop = _Loop(stepper, batches, config, clock, journal, checkpoints, evaluate)
+        if plan.step == 0:
+            loop.evaluate(state, plan)
+        with tqdm(initial=plan.step, unit="step", desc="training", disable=None) as bar:
+            while not plan.done:
+                state = loop.once(state, plan, bar)
+                if interruption.requested and not plan.done:
+                    loop.save(state, plan, force=True)
+                    interruption.stop(f"training stopped at step {plan.step}")
+        loop.save(state, plan, force=True)
+        if checkpoints.best_step is None:
+            checkpoints.save_best(plan.step, state.params)
+        params = jax.device_get(checkpoints.restore_best(state.params))
+        best_step = checkpoints.best_step or plan.step
+        return TrainResult(params, best_step, journal.dev_at(best_step), plan.step)
+
+
+class Stepper:
+    """The jitted step, with parameters and optimiser state sharded over a mesh."""
+
+    def __init__(self, model: RetrievalModel, config: TrainConfig, mesh: jax.sharding.Mesh):
+        self._model, self._config, self.mesh = model, config, mesh
+        self._optimizer = make_optimizer(
+            config.optimizer, weight_decay=config.weight_decay, clip_norm=config.clip_norm
+        )
+        self._compiled: dict[tuple[int, ...], Any] = {}
+
+    def init(self, rng: jax.Array) -> TrainState:
+        """Fresh parameters; made whole on every device's own share."""
+        shapes = jax.eval_shape(lambda r: self._model.init(r)[0], rng)
+        axes = self._model.parameter_axes()
+        params_sharding = partitioning.parameter_shardings(self.mesh, shapes, axes)
+        opt_sharding = partitioning.optimizer_shardings(
+            self.mesh, self._optimizer, shapes, params_sharding
+        )
+        params = jax.jit(lambda r: self._model.init(r)[0], out_shardings=params_sharding)(rng)
+        opt_state = jax.jit(self._optimizer.init, out_shardings=opt_sharding)(params)
+        step = jax.device_put(jnp.zeros((), jnp.int32), partitioning.replicated(self.mesh))
+        return TrainState(params, opt_state, step)
+
+    def compile(self, state: TrainState, batches: Batches) -> None:
+        """Compiles the step for every shape of batch, so that no step is slow later."""
+        shardings = jax.tree.map(lambda x: x.sharding, state)
+        step = jax.jit(self._step, donate_argnums=0, out_shardings=(shardings, None))
+        for batch in tqdm(batches.shapes(), desc="compiling", disable=None, leave=False):
+            arrays = partitioning.global_batch(self.mesh, batch)
+            key = arrays["encoder_input_tokens"].shape
+            self._compiled[key] = step.lower(state, arrays, jnp.float32(0)).compile()
+
+    def __call__(
+        self, state: TrainState, batch: dict[str, np.ndarray], rate: float
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        arrays = partitioning.global_batch(self.mesh, batch)
+        step = self._compiled[arrays["encoder_input_tokens"].shape]
+        return step(state, arrays, jnp.float32(rate))
+
+    def _step(
+        self, state: TrainState, batch: dict[str, jax.Array], rate: jax.Array
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        rng = jax.random.fold_in(jax.random.key(self._config.seed + 1), state.step)
+        gradient = jax.value_and_grad(self._model.loss_fn, has_aux=True)
+        (_, metrics), grads = gradient(state.params, batch, rng)
+        opt_state = set_learning_rate(state.opt_state, rate)
+        updates, opt_state = self._optimizer.update(grads, opt_state, state.params)
+        metrics["gradient_norm"] = optax.tree_utils.tree_norm(grads)
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(params, opt_state, state.step + 1), metrics
+
+
+class _Loop:
+    """One turn of the loop, and what it remembers between turns."""
+
+    def __init__(
+        self,
+        stepper: Stepper,
+        batches: Batches,
+        config: TrainConfig,
+        clock: Clock,
+        journal: Journal,
+        checkpoints: Checkpoints,
+        evaluate: Evaluate | None,
+    ):
+        self._stepper, self._batches, self._config = stepper, batches, config
+        self._clock, self._journal, self._checkpoints = clock, journal, checkpoints
+        self._evaluate = evaluate
+        self._pending: list[dict[str, jax.Array]] = []
+        self._evaluation_seconds = 0.0
+        self._since = time.monotonic()
+
+    def once(self, state: TrainState, plan: Plan, bar: tqdm) -> TrainState:
+        config, before = self._config, plan.progress
+        rate = learning_rate(
+            config.learning_rate,
+            float(plan.progress),
+            plan.step,
+            schedule=config.schedule,
+            warmup_steps=config.warmup_steps,
+        )
+        state, metrics = self._stepper(state, self._batches[plan.step], rate)
+        plan.advance()
+        bar.update()
+        self._pending.append(metrics)
+        # A run with a time budget has no plan before its first measurement: make that early.
+        measured = plan.total == 0 and time.monotonic() - self._since > _MEASURE_SECONDS
+        if plan.step % config.log_every == 0 or plan.done or measured:
+            self._log(plan, rate, bar)
+        parts = config.evaluations
+        if plan.done or int(before * parts) < int(plan.progress * parts):
+            self.evaluate(state, plan)
+        self.save(state, plan)
+        return state
+
+    def _log(self, plan: Plan, rate: float, bar: tqdm) -> None:
+        """Averages what has gathered, writes it, and plans the rest by the time it took."""
+        names = self._pending[0]
+        means = {k: float(np.mean([float(m[k]) for m in self._pending])) for k in names}
+        if not np.isfinite(means["loss"]):
+            raise UserError(
+                f"the loss is {means['loss']} near step {plan.step}; lower the learning rate "
+                f"({self._config.learning_rate}) or use dtype float32"
+            )
+        seconds = (time.monotonic() - self._since) / len(self._pending)
+        evaluations = self._config.evaluations * (1 - float(plan.progress)) + 0.5
+        self._clock.plan(
+            plan, step_seconds=seconds, other_seconds=evaluations * self._evaluation_seconds
+        )
+        bar.total = plan.total or None
+        bar.set_postfix(loss=f"{means['loss']:.3f}", refresh=False)
+        speed = {
+            "learning_rate": rate,
+            "step_seconds": seconds,
+            "examples_per_second": self._config.batch_size / seconds,
+        }
+        self._journal.write("train", plan, {**means, **speed})
+        self._pending.clear()
+        self._since = time.monotonic()
+
+    def evaluate(self, state: TrainState, plan: Plan) -> None:
+        """Dev metrics by real search; the best parameters so far are kept."""
+        if self._evaluate is None:
+            return
+        begin = time.monotonic()
+        dev = self._evaluate(state.params)
+        # The first evaluation compiles, so that only later ones tell what one takes.
+        self._evaluation_seconds = time.monotonic() - begin
+        if dev[self._config.metric] > plan.best:
+            plan.best = np.float32(dev[self._config.metric])
+            self._checkpoints.save_best(plan.step, state.params)
+        self._journal.write("dev", plan, dev)
+        log.info(
+            "step %d of %s: %s",
+            plan.step,
+            plan.total or "?",
+            ", ".join(f"dev {k} {v:.3f}" for k, v in dev.items()),
+        )
+        self._since += time.monotonic() - begin
+
+    def save(self, state: TrainState, plan: Plan, *, force: bool = False) -> None:
+        if force or self._checkpoints.should_save(plan.step):
+            plan.elapsed = np.float32(self._clock.elapsed)
+            self._checkpoints.save(plan.step, _saved(state, plan), force=force)
+
+
+def _saved(state: TrainState, plan: Plan) -> dict[str, Any]:
+    sharding = state.step.sharding
+    counters = {
+        "total": np.int32(plan.total),
+        "progress": plan.progress,
+        "elapsed": plan.elapsed,
+        "best": plan.best,
+    }
+    return {
+        "state": state,
+        "plan": {k: jax.device_put(jnp.asarray(v), sharding) for k, v in counters.items()},
+    }
+
+
+def _restore(checkpoints: Checkpoints, like: TrainState) -> tuple[TrainState, Plan]:
+    restored = checkpoints.restore(_saved(like, Plan()))
+    counters = {k: np.asarray(v)[()] for k, v in restored["plan"].items()}
+    state = restored["state"]
+    plan = Plan(
+        step=int(state.step),
+        total=int(counters["total"]),
+        progress=counters["progress"],
+        elapsed=counters["elapsed"],
+        best=counters["best"],
+    )
+    return state, plan

@@ -1,0 +1,455 @@
+"""Constrained beam search against exhaustive scoring and against a search in plain Python.
+
+The step functions here are no T5: a table of logits looked up by a hash of the prefix, which the
+cache carries along, and a tiny recurrent network. A cache that followed the wrong hypothesis
+would look up the wrong row of the table.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import assume, example, given, settings
+
+from genret_jax.decoding import constrained_beam_search
+from genret_jax.docids.table import DocidTable
+from genret_jax.trie import DeviceTrie, Trie, build_trie
+
+VOCAB, BATCH, LENGTH, MOST_IDS = 16, 2, 5, 24
+HASHES = 509
+CAPACITY = 1 + MOST_IDS * LENGTH
+LABELS = ["<pad>", "</s>", *(f"t{i}" for i in range(2, VOCAB))]
+NORMALISERS = ("vocabulary", "children")
+
+Ids = dict[tuple[int, ...], list[int]]
+
+
+# --- tries -------------------------------------------------------------------------------------
+
+
+def make_trie(sequences) -> tuple[Trie, Ids]:
+    """The trie, and identifier -> documents worked out without it."""
+    table = DocidTable.from_sequences(sequences, range(len(sequences)), LABELS, "test", {})
+    ids: Ids = {}
+    for document, (row, length) in enumerate(zip(table.tokens, table.lengths, strict=True)):
+        ids.setdefault(tuple(row[:length].tolist()), []).append(document)
+    return build_trie(table), ids
+
+
+def roomy(trie: Trie) -> DeviceTrie:
+    """Bounds that hold for every trie made here, so that all of them share a compiled search."""
+
+    def padded(array: np.ndarray, size: int, fill: int) -> np.ndarray:
+        return np.concatenate([array, np.full(size - len(array), fill, np.int32)])
+
+    return DeviceTrie(
+        first_edge=padded(trie.first_edge, CAPACITY + 1, trie.first_edge[-1]),
+        edge_token=padded(trie.edge_token, CAPACITY, 0),
+        leaf_row=padded(trie.leaf_row, CAPACITY, -1),
+        max_length=LENGTH,
+        root_width=VOCAB,
+        widths=(VOCAB, MOST_IDS),
+    )
+
+
+@st.composite
+def sequence_sets(draw) -> list[list[int]]:
+    """Variable lengths, prefixes of one another, equal ones, and sometimes one wide node."""
+    few = st.integers(2, 4)
+    sequences = draw(st.lists(st.lists(few, min_size=1, max_size=4), min_size=1, max_size=10))
+    if draw(st.booleans()):
+        stem = draw(st.sampled_from([[], [2], [3, 2], [4, 4, 4]]))
+        fan = draw(st.lists(st.integers(2, VOCAB - 1), min_size=3, max_size=14, unique=True))
+        sequences += [[*stem, token] for token in fan]
+    return sequences
+
+
+SINGLE = [[3, 2]]
+NESTED = [[2], [2, 3], [2, 3, 4], [4]]  # one inside another, until EOS is appended
+SHARED = [[2, 3], [2, 3], [4, 4], [2, 3]]
+SKEWED = [[2, t] for t in range(2, VOCAB)] + [[t, 2] for t in range(3, 10)]
+ATOMIC = [[t] for t in range(2, VOCAB)]
+
+
+# --- the model of most tests: logits by the hash of the prefix ---------------------------------
+
+
+def mix(state, token, position):
+    """Depends on every token, on its place, and on the query that `state` began with."""
+    return (state * 31 + token * 7 + position * 3) % HASHES
+
+
+def table_step(table):
+    def step(tokens, position, cache):
+        state = jnp.where(position > 0, mix(cache["state"], tokens, position), cache["state"])
+        return table[state], {"state": state}
+
+    return step
+
+
+@functools.partial(jax.jit, static_argnames=("beam", "normaliser"))
+def search(table, start, trie, *, beam, normaliser="vocabulary"):
+    return constrained_beam_search(
+        table_step(table),
+        {"state": start[:, None]},
+        trie,
+        batch=BATCH,
+        beam=beam,
+        normaliser=normaliser,
+    )
+
+
+def make_model(seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """float32[hashes, vocab] logits and int32[batch] the queries' first states."""
+    rng = np.random.default_rng(seed)
+    table = rng.normal(scale=2.0, size=(HASHES, VOCAB)).astype(np.float32)
+    table[:, 0] = -np.inf
+    return table, rng.integers(0, HASHES, BATCH).astype(np.int32)
+
+
+def log_p(table, start, prefix, allowed=None) -> np.ndarray:
+    """float64[vocab]: log p of the next token, over all tokens or over the allowed ones."""
+    state = int(start)
+    for position, token in enumerate(prefix, 1):
+        state = mix(state, token, position)
+    logits = table[state].astype(np.float64)
+    among = logits if allowed is None else logits[sorted(allowed)]
+    return logits - math.log(np.exp(among).sum())
+
+
+def children_of(ids) -> dict[tuple[int, ...], set[int]]:
+    children: dict[tuple[int, ...], set[int]] = {}
+    for i in ids:
+        for n, token in enumerate(i):
+            children.setdefault(i[:n], set()).add(token)
+    return children
+
+
+def exhaustive(table, start, ids, normaliser) -> dict[tuple[int, ...], float]:
+    children = children_of(ids)
+
+    def score(i: tuple[int, ...]) -> float:
+        total = 0.0
+        for n, token in enumerate(i):
+            allowed = children[i[:n]] if normaliser == "children" else None
+            total += log_p(table, start, i[:n], allowed)[token]
+        return total
+
+    return {i: score(i) for i in ids}
+
+
+def plain_search(table, start, ids, beam, normaliser):
+    """A beam search as one writes it in Python, and the smallest gap at which it cut."""
+    children = children_of(ids)
+    beams, gap = [(0.0, ())], math.inf
+    while any(prefix not in ids for _, prefix in beams):
+        grown = []
+        for score, prefix in beams:
+            if prefix in ids:
+                grown.append((score, prefix))
+                continue
+            allowed = children[prefix]
+            step = log_p(table, start, prefix, allowed if normaliser == "children" else None)
+            grown += [(score + step[t], (*prefix, t)) for t in allowed]
+        grown.sort(reverse=True)
+        if len(grown) > beam:
+            gap = min(gap, grown[beam - 1][0] - grown[beam][0])
+        beams = grown[:beam]
+    return {prefix: score for score, prefix in beams}, gap
+
+
+def found(result, trie: Trie, ids: Ids, query: int) -> dict[tuple[int, ...], float]:
+    """The identifiers of one query, after checking all that a BeamResult promises."""
+    tokens, scores, rows, valid = (
+        np.asarray(x)[query] for x in (result.tokens, result.scores, result.row, result.valid)
+    )
+    assert tokens.dtype == rows.dtype == np.int32 and scores.dtype == np.float32
+    assert not np.isnan(scores).any()
+    assert (scores[:-1] >= scores[1:]).all()
+    assert (np.isfinite(scores) == valid).all()
+    assert (rows[~valid] == -1).all() and not tokens[~valid].any()
+    out = {}
+    for written, score, row in zip(tokens[valid], scores[valid], rows[valid], strict=True):
+        end = int((written > 0).sum())
+        identifier = tuple(written[:end].tolist())
+        assert not written[end:].any()
+        assert identifier in ids, "an identifier that does not exist"
+        assert trie.rows[row][trie.rows[row] > 0].tolist() == list(identifier)
+        assert trie.documents(row).tolist() == ids[identifier]
+        assert identifier not in out, "an identifier comes twice"
+        out[identifier] = float(score)
+    return out
+
+
+def assert_same(ours: dict, expected: dict) -> None:
+    assert set(ours) == set(expected)
+    for identifier, score in expected.items():
+        assert ours[identifier] == pytest.approx(score, abs=2e-4)
+
+
+# --- against the oracles -----------------------------------------------------------------------
+
+
+@settings(max_examples=60)
+@given(
+    sequences=sequence_sets(),
+    seed=st.integers(0, 10**6),
+    normaliser=st.sampled_from(NORMALISERS),
+)
+@example(sequences=SINGLE, seed=1, normaliser="vocabulary")
+@example(sequences=SINGLE, seed=1, normaliser="children")
+@example(sequences=NESTED, seed=2, normaliser="vocabulary")
+@example(sequences=SHARED, seed=3, normaliser="vocabulary")
+@example(sequences=SKEWED, seed=4, normaliser="vocabulary")
+@example(sequences=SKEWED, seed=4, normaliser="children")
+@example(sequences=ATOMIC, seed=5, normaliser="vocabulary")
+def test_a_beam_of_all_identifiers_scores_every_one(sequences, seed, normaliser):
+    trie, ids = make_trie(sequences)
+    table, start = make_model(seed)
+    result = search(table, start, roomy(trie), beam=MOST_IDS, normaliser=normaliser)
+    for query in range(BATCH):
+        expected = exhaustive(table, start[query], ids, normaliser)
+        assert_same(found(result, trie, ids, query), expected)
+
+
+@settings(max_examples=80)
+@given(
+    sequences=sequence_sets(),
+    seed=st.integers(0, 10**6),
+    beam=st.sampled_from([1, 2, 4]),
+    normaliser=st.sampled_from(NORMALISERS),
+)
+@example(sequences=NESTED, seed=2, beam=2, normaliser="vocabulary")
+@example(sequences=SKEWED, seed=4, beam=4, normaliser="vocabulary")
+@example(sequences=SKEWED, seed=4, beam=4, normaliser="children")
+@example(sequences=ATOMIC, seed=5, beam=4, normaliser="vocabulary")
+def test_a_small_beam_finds_what_a_search_in_python_finds(sequences, seed, beam, normaliser):
+    trie, ids = make_trie(sequences)
+    table, start = make_model(seed)
+    expected = [plain_search(table, s, ids, beam, normaliser) for s in start]
+    assume(min(gap for _, gap in expected) > 1e-3)  # nearly equal ones may go either way
+    result = search(table, start, roomy(trie), beam=beam, normaliser=normaliser)
+    for query in range(BATCH):
+        assert_same(found(result, trie, ids, query), expected[query][0])
+
+
+@pytest.mark.parametrize(
+    ("sequences", "beam"),
+    [(SINGLE, 2), (NESTED, 2), (SKEWED, 3), (SKEWED, 40), (ATOMIC, 40)],
+    ids="single-2 nested-2 skewed-3 skewed-40 atomic-40".split(),
+)
+def test_with_the_bounds_that_on_device_works_out(sequences, beam):
+    """The tests above give the search more room than it needs; here it has its own."""
+    trie, ids = make_trie(sequences)
+    for seed in range(3):
+        table, start = make_model(seed)
+        result = search(table, start, trie.on_device(), beam=beam)
+        assert result.tokens.shape == (BATCH, beam, trie.max_length)
+        for query in range(BATCH):
+            expected, _ = plain_search(table, start[query], ids, beam, "vocabulary")
+            assert_same(found(result, trie, ids, query), expected)
+
+
+@settings(max_examples=4)
+@given(sequences=sequence_sets(), seed=st.integers(0, 10**6))
+def test_with_the_bounds_of_random_tries(sequences, seed):
+    trie, ids = make_trie(sequences)
+    table, start = make_model(seed)
+    expected = [plain_search(table, s, ids, 4, "vocabulary") for s in start]
+    assume(min(gap for _, gap in expected) > 1e-3)
+    result = search(table, start, trie.on_device(), beam=4)
+    for query in range(BATCH):
+        assert_same(found(result, trie, ids, query), expected[query][0])
+
+
+def test_one_identifier_by_hand():
+    """Uniform logits over 15 tokens: each token costs log 15, or nothing among one child."""
+    trie, ids = make_trie(SINGLE)
+    table, start = make_model(0)
+    table[:, 1:] = 0.5
+    result = search(table, start, roomy(trie), beam=4)
+    assert result.valid.tolist() == [[True, False, False, False]] * BATCH
+    assert result.row.tolist() == [[0, -1, -1, -1]] * BATCH
+    assert result.tokens[:, 0].tolist() == [[3, 2, 0, 0, 0]] * BATCH
+    np.testing.assert_allclose(result.scores[:, 0], -2 * math.log(15), rtol=1e-6)
+    assert np.isneginf(result.scores[:, 1:]).all()
+    local = search(table, start, roomy(trie), beam=4, normaliser="children")
+    np.testing.assert_allclose(local.scores[:, 0], 0.0, atol=1e-6)
+
+
+def test_scores_over_children_sum_to_one_and_over_the_vocabulary_to_less():
+    trie, _ = make_trie(SKEWED)
+    table, start = make_model(11)
+    sums = {
+        normaliser: np.exp(
+            search(table, start, roomy(trie), beam=MOST_IDS, normaliser=normaliser).scores
+        ).sum(axis=1)
+        for normaliser in NORMALISERS
+    }
+    np.testing.assert_allclose(sums["children"], 1.0, atol=1e-4)
+    assert (sums["vocabulary"] < 1.0).all()
+
+
+@pytest.mark.parametrize("normaliser", NORMALISERS)
+def test_an_identifier_of_probability_zero_is_not_returned(normaliser):
+    """The trie allows the token 4 at the root, the model never writes it."""
+    trie, ids = make_trie(NESTED)
+    table, start = make_model(3)
+    table[:, 4] = -np.inf
+    result = search(table, start, roomy(trie), beam=4, normaliser=normaliser)
+    for query in range(BATCH):
+        assert set(found(result, trie, ids, query)) == {(2, 1), (2, 3, 1)}
+
+
+def test_a_model_that_allows_nothing_gives_nothing():
+    trie, ids = make_trie(NESTED)
+    table, start = make_model(3)
+    table[:, [2, 4]] = -np.inf  # both children of the root
+    for beam in (1, 4):
+        result = search(table, start, roomy(trie), beam=beam)
+        assert all(found(result, trie, ids, query) == {} for query in range(BATCH))
+
+
+# --- a cache with several leaves ---------------------------------------------------------------
+
+
+def rnn_weights(seed: int, width: int = 5) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    shapes = {"embed": (VOCAB, width), "recur": (width, width), "out": (width, VOCAB)}
+    return {n: rng.normal(size=s).astype(np.float32) for n, s in shapes.items()}
+
+
+@functools.partial(jax.jit, static_argnames="beam")
+def rnn_search(weights, first, trie, *, beam):
+    def step(tokens, position, cache):
+        new = jnp.tanh(cache["state"] @ weights["recur"] + weights["embed"][tokens])
+        past = cache["past"].at[:, :, position].set(new)
+        # The logits see the mean of all states so far, so that every slot of the past matters.
+        return past.sum(2) / (position + 1) @ weights["out"], {"state": new, "past": past}
+
+    past = jnp.zeros((BATCH, 1, LENGTH, first.shape[-1]))
+    return constrained_beam_search(
+        step, {"state": first[:, None], "past": past}, trie, batch=BATCH, beam=beam
+    )
+
+
+def rnn_score(weights, state, identifier) -> float:
+    total, past = 0.0, []
+    for before, token in zip((0, *identifier), identifier, strict=False):
+        state = np.tanh(state @ weights["recur"] + weights["embed"][before])
+        past.append(state)
+        logits = np.mean(past, axis=0) @ weights["out"]
+        total += float(logits[token] - np.log(np.exp(logits).sum()))
+    return total
+
+
+@settings(max_examples=30)
+@given(
+    sequences=sequence_sets(), seed=st.integers(0, 10**6), beam=st.sampled_from([3, MOST_IDS])
+)
+def test_the_cache_follows_its_hypothesis(sequences, seed, beam):
+    trie, ids = make_trie(sequences)
+    weights = rnn_weights(seed)
+    first = np.random.default_rng(seed + 1).normal(size=(BATCH, 5)).astype(np.float32)
+    result = rnn_search(weights, first, roomy(trie), beam=beam)
+    for query in range(BATCH):
+        ours = found(result, trie, ids, query)
+        assert ours
+        expected = {i: rnn_score(weights, first[query], i) for i in ids}
+        assert_same(ours, {i: expected[i] for i in ours})
+        if beam >= len(ids):
+            assert set(ours) == set(ids)
+
+
+# --- compilation, and what rows and steps may cost ---------------------------------------------
+
+
+def test_other_values_in_the_same_buckets_do_not_recompile():
+    """Documents added, removed or filtered: one program, and the right answers from it."""
+    traces = []
+
+    @jax.jit
+    def counted(table, start, trie):
+        traces.append(trie.leaf_row.shape)
+        return search(table, start, trie, beam=MOST_IDS)
+
+    table, start = make_model(8)
+    base = [[a, b, 2] for a in (2, 3, 4, 5) for b in (2, 3, 4, 5)]
+    bounds = set()
+    for change in (base, base[:-1], [*base[:-1], [5, 6, 2]], [*base[:-1], [2, 2, 7]]):
+        trie, ids = make_trie(change)
+        bounds.add(jax.tree.structure(trie.on_device()))
+        result = counted(table, start, trie.on_device())
+        for query in range(BATCH):
+            expected = exhaustive(table, start[query], ids, "vocabulary")
+            assert_same(found(result, trie, ids, query), expected)
+    assert len(bounds) == 1, "the tries of this test are to share their buckets"
+    assert len(traces) == 1
+    trie, _ = make_trie([[2, 2]])
+    counted(table, start, trie.on_device())
+    assert len(traces) == 2, "the counter counts"
+
+
+def test_the_trie_is_an_argument_and_no_constant():
+    trie, _ = make_trie(SKEWED)
+    table, start = make_model(8)
+    device = trie.on_device()
+    search_3 = functools.partial(search, beam=3)
+    traced = jax.make_jaxpr(search_3)(table, start, device)
+    assert len(traced.jaxpr.invars) == 2 + len(jax.tree.leaves(device)) == 5
+    constants = [c for c in traced.consts if np.size(c) > 1]
+    assert not constants
+    assert len(jax.tree.leaves(device)) == 3
+
+
+def test_the_rows_of_a_batch_are_independent():
+    """Row 0 is the same to the last bit whatever else the batch holds, wherever it stands."""
+    trie, _ = make_trie([*NESTED, *SKEWED[:12]])
+    table, start = make_model(21)
+    device = roomy(trie)
+    alone = search(table, np.full_like(start, start[0]), device, beam=4)
+    for other in range(5, 50, 9):
+        mixed = search(table, np.array([start[0], other], np.int32), device, beam=4)
+        turned = search(table, np.array([other, start[0]], np.int32), device, beam=4)
+        for a, b, c in zip(*map(jax.tree.leaves, (alone, mixed, turned)), strict=True):
+            np.testing.assert_array_equal(a[0], b[0])
+            np.testing.assert_array_equal(a[0], c[1])
+            np.testing.assert_array_equal(b[1], c[0])
+
+
+def test_the_loop_ends_when_nothing_can_grow():
+    """Identifiers of two tokens need two steps, however long the longest one may be."""
+    steps = []
+
+    def step(tokens, position, cache):
+        jax.debug.callback(lambda p, shape=tokens.shape: steps.append((int(p), shape)), position)
+        return jnp.zeros((*tokens.shape, VOCAB)).at[..., 0].set(-jnp.inf), cache
+
+    trie, ids = make_trie([[2, 3], [2, 4], [5, 6]])
+    result = jax.jit(
+        lambda t: constrained_beam_search(step, {}, t, batch=BATCH, beam=4)
+    )(roomy(trie))
+    jax.block_until_ready(result)
+    jax.effects_barrier()
+    assert set(found(result, trie, ids, 0)) == set(ids)
+    assert sorted(steps) == [(0, (BATCH, 1)), (1, (BATCH, 4))]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"beam": 0}, "beam must be at least 1, found 0"),
+        ({"beam": 2, "normaliser": "all"}, "normaliser must be one of .*'all'"),
+    ],
+)
+def test_wrong_arguments(arguments, message):
+    trie, _ = make_trie(SINGLE)
+    table, start = make_model(0)
+    with pytest.raises(ValueError, match=message):
+        search(table, start, roomy(trie), **arguments)
