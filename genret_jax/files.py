@@ -15,7 +15,7 @@ def replace_on_success(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     Works for a file or a folder: the block creates whichever it wants at the yielded path. After
     an exception the temporary path is removed and `path` is as it was. An existing folder at
-    `path` is first moved aside, so that a reader sees the old one or the new one, whole.
+    `path` is moved aside, replaced, and only then deleted: what a reader finds at `path` is whole.
 
     Args:
       path: where the result is to stand; its parent is created.
@@ -24,22 +24,33 @@ def replace_on_success(path: str | os.PathLike[str]) -> Iterator[Path]:
       >>> with replace_on_success("out.json") as temporary:
       ...     temporary.write_text("{}")
     """
-    target = Path(path)
+    target = Path(path).resolve()  # so that what a symbolic link names is replaced, not the link
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
     _remove(temporary)
     try:
         yield temporary
-        if target.is_dir() and not target.is_symlink():
-            aside = target.with_name(f".{target.name}.old-{os.getpid()}")
-            _remove(aside)
-            os.replace(target, aside)
-            os.replace(temporary, target)
-            _remove(aside)
+        if target.is_dir():
+            _replace_folder(temporary, target)
         else:
             os.replace(temporary, target)
     finally:
         _remove(temporary)
+
+
+def _replace_folder(temporary: Path, target: Path) -> None:
+    """Renames over an existing folder, which goes back to its place if that fails."""
+    if not temporary.exists():
+        raise FileNotFoundError(f"nothing was written to {temporary}; {target} is as it was")
+    aside = target.with_name(f".{target.name}.old-{os.getpid()}")
+    _remove(aside)
+    os.replace(target, aside)
+    try:
+        os.replace(temporary, target)
+    except OSError:
+        os.replace(aside, target)
+        raise
+    _remove(aside)
 
 
 def _remove(path: Path) -> None:

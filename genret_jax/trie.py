@@ -122,7 +122,8 @@ class Trie:
         widths, beam = [], 1
         while True:
             widest = max((int(c[min(beam, len(c)) - 1]) for c in deeper), default=0)
-            widths.append(bucket(widest))
+            # Powers of two: any entry that changes makes a new program, whichever is read.
+            widths.append(max(4, 1 << max(0, widest - 1).bit_length()))
             if beam >= most:
                 return tuple(widths)
             beam *= 2

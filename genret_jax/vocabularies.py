@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import io
+import itertools
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -117,8 +118,10 @@ class Vocabulary:
         folder = Path(folder)
         try:
             about = json.loads((folder / "vocabulary.json").read_text())
-            return cls((folder / "spiece.model").read_bytes(), int(about["docid_size"]))
-        except (OSError, ValueError, KeyError) as error:
+            found = cls((folder / "spiece.model").read_bytes(), int(about["docid_size"]))
+            found._pieces  # noqa: B018 (parses the model, so that a damaged one is found here)
+            return found
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
             raise UserError(
                 f"{folder}: no vocabulary here ({error}); make it again with `genret fit`"
             ) from None
@@ -157,30 +160,51 @@ def train_text_model(texts: Iterable[str], *, size: int = 8000, casefold: bool =
 
     Returns:
       The serialised model.
+
+    Raises:
+      UserError: when there is no text, or `size` is below its number of characters.
     """
     rule = "nmt_nfkc_cf" if casefold else "nmt_nfkc"
     # SentencePiece drops lines over 4,192 bytes, so long texts are given in pieces.
     lines = (line for text in texts for line in _lines(text))
+    first = next(lines, None)
+    if first is None:
+        raise UserError("there is no text to train a vocabulary on; give documents with words")
     model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.Train(
-        sentence_iterator=lines,
-        model_writer=model,
-        model_type="unigram",
-        vocab_size=size,
-        hard_vocab_limit=False,
-        normalization_rule_name=rule,
-        character_coverage=0.9999,
-        pad_id=PAD,
-        eos_id=EOS,
-        unk_id=UNK,
-        bos_id=-1,
-        input_sentence_size=1_000_000,
-        shuffle_input_sentence=False,
-        minloglevel=2,
-    )
+    try:
+        sentencepiece.SentencePieceTrainer.Train(
+            sentence_iterator=itertools.chain([first], lines),
+            model_writer=model,
+            model_type="unigram",
+            vocab_size=size,
+            hard_vocab_limit=False,
+            normalization_rule_name=rule,
+            character_coverage=0.9999,
+            pad_id=PAD,
+            eos_id=EOS,
+            unk_id=UNK,
+            bos_id=-1,
+            input_sentence_size=1_000_000,
+            shuffle_input_sentence=False,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"no vocabulary of {size} pieces can be trained on these texts ({reason}); "
+            "raise VocabularyConfig.size"
+        ) from None
     return model.getvalue()
 
 
 def _lines(text: str) -> list[str]:
-    words = text.split()
-    return [" ".join(words[i : i + 200]) for i in range(0, len(words), 200)]
+    """Lines of at most 1,000 characters, cut between words where there are any."""
+    words = (w[i : i + 1000] for w in text.split() for i in range(0, len(w), 1000))
+    lines, length = [[]], 0
+    for word in words:
+        if length + len(word) > 1000:
+            lines.append([])
+            length = 0
+        lines[-1].append(word)
+        length += len(word) + 1
+    return [" ".join(line) for line in lines if line]

@@ -242,7 +242,7 @@ def test_a_small_beam_finds_what_a_search_in_python_finds(sequences, seed, beam,
 @pytest.mark.parametrize(
     ("sequences", "beam"),
     [(SINGLE, 2), (NESTED, 2), (SKEWED, 3), (SKEWED, 40), (ATOMIC, 40)],
-    ids="single-2 nested-2 skewed-3 skewed-40 atomic-40".split(),
+    ids=["single-2", "nested-2", "skewed-3", "skewed-40", "atomic-40"],
 )
 def test_with_the_bounds_that_on_device_works_out(sequences, beam):
     """The tests above give the search more room than it needs; here it has its own."""
@@ -350,9 +350,7 @@ def rnn_score(weights, state, identifier) -> float:
 
 
 @settings(max_examples=30)
-@given(
-    sequences=sequence_sets(), seed=st.integers(0, 10**6), beam=st.sampled_from([3, MOST_IDS])
-)
+@given(sequences=sequence_sets(), seed=st.integers(0, 10**6), beam=st.sampled_from([3, MOST_IDS]))
 def test_the_cache_follows_its_hypothesis(sequences, seed, beam):
     trie, ids = make_trie(sequences)
     weights = rnn_weights(seed)
@@ -432,9 +430,9 @@ def test_the_loop_ends_when_nothing_can_grow():
         return jnp.zeros((*tokens.shape, VOCAB)).at[..., 0].set(-jnp.inf), cache
 
     trie, ids = make_trie([[2, 3], [2, 4], [5, 6]])
-    result = jax.jit(
-        lambda t: constrained_beam_search(step, {}, t, batch=BATCH, beam=4)
-    )(roomy(trie))
+    result = jax.jit(lambda t: constrained_beam_search(step, {}, t, batch=BATCH, beam=4))(
+        roomy(trie)
+    )
     jax.block_until_ready(result)
     jax.effects_barrier()
     assert set(found(result, trie, ids, 0)) == set(ids)

@@ -167,18 +167,21 @@ def test_chunks_do_not_show(monkeypatch):
 
 
 def test_colliding_keywords_get_further_words_then_numbers():
-    texts = ["aa bb cc", "aa bb dd", "aa bb", "aa bb", "ee", "", ""]
-    # "bb" and "aa" are in as many texts, so the order of appearance decides between them.
-    table = keywords.keyword_docids(texts, terms=1, vocabulary=0, extra_terms=1, weight="tfidf")
+    red = "red " * 40
+    texts = [f"{red} aa", f"{red} bb", f"{red} bb cc", red, red, "ee", "", ""]
+    table = keywords.keyword_docids(texts, terms=1, b=0.0, extra_terms=1)
     assert texts_of(table) == [
-        "cc",
-        "dd",
-        "aa · bb",
-        "aa · bb · <#2>",
+        "red · aa",
+        "red · bb",
+        "red · cc",
+        "red",
+        "red · <#2>",
         "ee",
         "<none>",
         "<none> · <#2>",
     ]
+    kept = keywords.keyword_docids(texts, terms=1, b=0.0, collisions="keep")
+    assert texts_of(kept) == [*["red"] * 5, "ee", "<none>", "<none>"]
 
 
 def test_duplicates_are_not_made_longer_in_vain():

@@ -97,30 +97,30 @@ def test_hand_numbers_of_the_z_loss():
     assert float(out.parts["cross_entropy"]) == pytest.approx(float(plain), rel=1e-5)
 
 
+@jax.jit
+@jax.value_and_grad
+def peer(writable, targets, weights, smoothing):
+    """optax, on the ids that can be written."""
+    labels = optax.smooth_labels(jax.nn.one_hot(targets - 1, VOCAB - 1), smoothing)
+    return (optax.softmax_cross_entropy(writable, labels) * weights).sum() / weights.sum()
+
+
 @settings(max_examples=40)
-@given(seed=st.integers(0, 10**6), smoothing=st.sampled_from([0.0, 0.1, 0.6]))
+@given(seed=st.integers(0, 10**6), smoothing=st.sampled_from([0.0, 0.1]))
 def test_against_optax(seed, smoothing):
     logits, targets, weights = make(seed)
     out, gradient = value_and_grad(logits, targets, weights, label_smoothing=smoothing)
 
-    def peer(writable):
-        one_hot = jax.nn.one_hot(targets - 1, VOCAB - 1)
-        labels = optax.smooth_labels(one_hot, smoothing)
-        return (optax.softmax_cross_entropy(writable, labels) * weights).sum() / weights.sum()
-
-    expected, expected_gradient = jax.value_and_grad(peer)(logits[..., 1:])
+    expected, expected_gradient = peer(logits[..., 1:], targets, weights, smoothing)
     assert float(out.loss) == pytest.approx(float(expected), rel=1e-5)
     np.testing.assert_allclose(gradient[..., 1:], expected_gradient, atol=1e-6)
 
 
 @settings(max_examples=40)
-@given(
-    seed=st.integers(0, 10**6),
-    smoothing=st.sampled_from([0.0, 0.1]),
-    z=st.sampled_from([0.0, 1e-2]),
-)
-def test_gradients_on_paper(seed, smoothing, z):
+@given(seed=st.integers(0, 10**6), terms=st.sampled_from([(0.0, 0.0), (0.1, 0.01)]))
+def test_gradients_on_paper(seed, terms):
     """d/d logits = w / W * (p - target + 2 z log Z p), target smoothed over what can be written."""
+    smoothing, z = terms
     logits, targets, weights = make(seed)
     out, gradient = value_and_grad(logits, targets, weights, label_smoothing=smoothing, z_loss=z)
     exact = logits.astype(np.float64)
@@ -141,9 +141,9 @@ def test_several_ids_that_are_never_written():
     logits, targets, weights = make(5)
     targets = np.minimum(targets, VOCAB - 3)
     logits[..., VOCAB - 2 :] = -np.inf
-    out, gradient = value_and_grad(logits, targets, weights, label_smoothing=0.2)
+    out, gradient = value_and_grad(logits, targets, weights, label_smoothing=0.1)
     shorter, short_gradient = value_and_grad(
-        logits[..., : VOCAB - 2], targets, weights, label_smoothing=0.2
+        logits[..., : VOCAB - 2], targets, weights, label_smoothing=0.1
     )
     assert float(out.loss) == pytest.approx(float(shorter.loss), rel=1e-6)
     np.testing.assert_allclose(gradient[..., : VOCAB - 2], short_gradient, atol=1e-7)
@@ -153,17 +153,17 @@ def test_several_ids_that_are_never_written():
 # --- masks -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_padding_contributes_nothing(smoothing):
+def test_padding_contributes_nothing():
+    smoothing = 0.1
     logits, targets, weights = make(1)
     assert (weights == 0).any() and (weights > 0).any()
-    out, gradient = value_and_grad(logits, targets, weights, label_smoothing=smoothing, z_loss=0.1)
+    out, gradient = value_and_grad(logits, targets, weights, label_smoothing=smoothing, z_loss=0.01)
     rng = np.random.default_rng(9)
     padding = weights == 0
     noise = np.where(padding[..., None], rng.normal(scale=9, size=logits.shape), 0)
     others = np.where(padding, rng.integers(1, VOCAB, targets.shape), targets).astype(np.int32)
     noisy, noisy_gradient = value_and_grad(
-        (logits + noise).astype(np.float32), others, weights, label_smoothing=smoothing, z_loss=0.1
+        (logits + noise).astype(np.float32), others, weights, label_smoothing=smoothing, z_loss=0.01
     )
     for a, b in zip(jax.tree.leaves(out), jax.tree.leaves(noisy), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6)
@@ -172,31 +172,29 @@ def test_padding_contributes_nothing(smoothing):
     assert np.abs(gradient[~padding]).max() > 0
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_rows_of_padding_only(smoothing):
+def test_rows_of_padding_only():
     """The last batch of an epoch is filled up with empty rows: they count for nothing."""
+    value_and_grad_of = functools.partial(value_and_grad, label_smoothing=0.1, z_loss=0.01)
     logits, targets, weights = make(2)
-    short, _ = value_and_grad(logits[:5], targets[:5], weights[:5], label_smoothing=smoothing)
+    short, _ = value_and_grad_of(logits[:5], targets[:5], weights[:5])
     weights[5:] = 0
     targets[5:] = 0
-    filled, gradient = value_and_grad(logits, targets, weights, label_smoothing=smoothing)
+    filled, gradient = value_and_grad_of(logits, targets, weights)
     for a, b in zip(jax.tree.leaves(short), jax.tree.leaves(filled), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6)
     assert not gradient[5:].any()
-    nothing, gradient = value_and_grad(
-        logits, targets * 0, weights * 0, label_smoothing=smoothing, z_loss=0.1
-    )
+    nothing, gradient = value_and_grad_of(logits, targets * 0, weights * 0)
     assert all(float(x) == 0 for x in jax.tree.leaves(nothing))
     assert not gradient.any()
 
 
-@pytest.mark.parametrize("scale", [3.0, 0.01])
+@pytest.mark.parametrize("scale", [3.0, 0.001])
 def test_weights_are_relative(scale):
-    """An average does not change when all weights are multiplied, not even to less than 1 in all."""
+    """An average does not change when all weights are multiplied, even to less than 1 in all."""
     logits, targets, weights = make(3)
     weights *= np.linspace(0.5, 2, BATCH, dtype=np.float32)[:, None]
-    one, _ = value_and_grad(logits, targets, weights, label_smoothing=0.1, z_loss=0.1)
-    other, _ = value_and_grad(logits, targets, weights * scale, label_smoothing=0.1, z_loss=0.1)
+    one, _ = value_and_grad(logits, targets, weights, label_smoothing=0.1, z_loss=0.01)
+    other, _ = value_and_grad(logits, targets, weights * scale, label_smoothing=0.1, z_loss=0.01)
     assert float(other.loss) == pytest.approx(float(one.loss), rel=1e-5)
     for name in PARTS:
         assert float(other.parts[name]) == pytest.approx(float(one.parts[name]), rel=1e-5)

@@ -1,4 +1,4 @@
-"""The model: docid logits, scores, search and loss say the same thing about the same identifiers."""
+"""The model: docid logits, scores, search and loss say the same thing of one identifier."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ CONFIG = T5Config(
 )
 START, DOCIDS = 40, 14  # local ids 2..13 are model ids 40..51; 52..63 are spare rows
 UNTIED = RetrievalModel(CONFIG, DocidSpace(START, DOCIDS))
+SMOOTH = dataclasses.replace(UNTIED, label_smoothing=0.1, z_loss=1e-3)
 TIED = dataclasses.replace(UNTIED, config=dataclasses.replace(CONFIG, tied_embeddings=True))
 MODELS = pytest.mark.parametrize("model", [UNTIED, TIED], ids=["untied", "tied"])
 BATCH, LENGTH = 8, 6
@@ -152,8 +153,8 @@ def test_score_is_the_sum_over_the_docid_vocabulary():
 
 @pytest.mark.parametrize(
     ("model", "beam"),
-    [(UNTIED, 1), (UNTIED, 4), (UNTIED, 30), (TIED, 30)],
-    ids="untied-1 untied-4 untied-30 tied-30".split(),
+    [(UNTIED, 4), (UNTIED, 30), (TIED, 30)],
+    ids=["untied-4", "untied-30", "tied-30"],
 )
 def test_search_scores_what_score_scores(model, beam):
     """Cached, with beams, against teacher-forced: the same log p for every identifier found."""
@@ -206,20 +207,20 @@ def test_bfloat16_searches_and_scores_nearly_the_same():
 
 
 def test_the_loss_is_the_mean_of_the_scores():
+    """Before smoothing and z-loss."""
     batch = make_batch()
-    (loss, parts), _ = gradient(params_of(UNTIED), batch, model=UNTIED)
+    (loss, parts), _ = gradient(params_of(UNTIED), batch, model=SMOOTH)
     local = UNTIED.docids.to_local(batch["decoder_target_tokens"])
     scores = score(params_of(UNTIED), batch["encoder_input_tokens"], local, model=UNTIED)
     expected = -float(scores.sum()) / batch["decoder_loss_weights"].sum()
-    assert float(loss) == pytest.approx(expected, rel=1e-5)
+    assert float(parts["cross_entropy"]) == pytest.approx(expected, rel=1e-5)
     assert parts["loss"] == loss
-    assert {"cross_entropy", "z_loss", "token_accuracy", "docid_accuracy"} < set(parts)
+    assert {"token_accuracy", "docid_accuracy"} < set(parts)
 
 
 def test_gradients_are_finite_and_stay_in_the_docid_block():
-    """With smoothing and z-loss; columns of the output matrix that are no docids are not touched."""
-    model = dataclasses.replace(UNTIED, label_smoothing=0.1, z_loss=1e-3)
-    (loss, parts), grads = gradient(params_of(UNTIED), make_batch(), model=model)
+    """With smoothing and z-loss; columns of the output matrix that are no docids get none."""
+    (loss, parts), grads = gradient(params_of(UNTIED), make_batch(), model=SMOOTH)
     without_z = float(loss) - float(parts["z_loss"])
     assert float(parts["z_loss"]) > 0, "the z-loss reaches the loss"
     assert abs(without_z - float(parts["cross_entropy"])) > 1e-3, "and so does smoothing"
@@ -233,25 +234,25 @@ def test_gradients_are_finite_and_stay_in_the_docid_block():
 
 
 def dropout_key(seed: int):
-    return jax.random.key(seed, impl="rbg")  # compiles in a fraction of the time of threefry
+    return jax.random.key(seed, impl="unsafe_rbg")  # compiles faster than threefry
 
 
 def test_dropout_only_with_a_key():
-    """Without one the loss is that of the scores, which know no dropout (tested above)."""
+    """Without one the loss agrees with `score`, which knows no dropout (tested above)."""
     batch, params = make_batch(), params_of(UNTIED)
     plain, one, again, other = (
-        float(gradient(params, batch, key, model=UNTIED)[0][0])
+        float(gradient(params, batch, key, model=SMOOTH)[0][0])
         for key in (None, dropout_key(1), dropout_key(1), dropout_key(2))
     )
     assert one == again
     assert len({plain, one, other}) == 3
 
 
-@pytest.mark.parametrize("dropout", [False, True])
-def test_remat_changes_no_gradient(dropout):
-    lean = dataclasses.replace(UNTIED, config=dataclasses.replace(CONFIG, remat=True))
-    key = dropout_key(5) if dropout else None
-    (loss, _), grads = gradient(params_of(UNTIED), make_batch(), key, model=UNTIED)
+def test_remat_changes_no_gradient():
+    """Nor the dropout: the backward pass draws the masks of the forward pass again."""
+    lean = dataclasses.replace(SMOOTH, config=dataclasses.replace(CONFIG, remat=True))
+    key = dropout_key(5)
+    (loss, _), grads = gradient(params_of(UNTIED), make_batch(), key, model=SMOOTH)
     (lean_loss, _), lean_grads = gradient(params_of(UNTIED), make_batch(), key, model=lean)
     assert float(loss) == pytest.approx(float(lean_loss), rel=1e-6)
     assert jax.tree.structure(grads) == jax.tree.structure(lean_grads)
@@ -268,7 +269,7 @@ def test_one_and_four_devices_give_the_same_loss_and_gradients():
     rows, everywhere = (NamedSharding(mesh, PartitionSpec(*axis)) for axis in (("data",), ()))
     placed = {name: jax.device_put(x, rows) for name, x in batch.items()}
     assert len(placed["encoder_input_tokens"].sharding.device_set) == 4
-    alone = gradient(params_of(UNTIED), batch, model=UNTIED)
-    split = gradient(jax.device_put(params_of(UNTIED), everywhere), placed, model=UNTIED)
+    alone = gradient(params_of(UNTIED), batch, model=SMOOTH)
+    split = gradient(jax.device_put(params_of(UNTIED), everywhere), placed, model=SMOOTH)
     for one, four in zip(*map(jax.tree.leaves, (alone, split)), strict=True):
         np.testing.assert_allclose(one, four, atol=1e-5, rtol=1e-4)

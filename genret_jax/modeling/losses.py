@@ -67,7 +67,7 @@ def docid_cross_entropy(
     log_p = logits - log_normaliser[..., None]
     nll = -jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]
     nll = jnp.where(weights > 0, nll, 0.0)  # a padding target has logit -inf
-    total = jnp.maximum(weights.sum(), 1.0)
+    total = jnp.where(weights.sum() > 0, weights.sum(), 1.0)
     cross_entropy = (nll * weights).sum() / total
     loss = cross_entropy
     if label_smoothing:

@@ -72,7 +72,9 @@ class RetrievalModel:
             )
 
         kernel = self.network.apply({"params": params}, block, method=T5.output_columns)
-        logits = jnp.dot(states, kernel.astype(self.config.dtype)).astype(jnp.float32)
+        logits = jnp.dot(
+            states, kernel.astype(self.config.dtype), preferred_element_type=jnp.float32
+        )
         return logits.at[..., 0].set(-jnp.inf)  # padding is never written
 
     def teacher_forced(

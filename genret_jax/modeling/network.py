@@ -431,7 +431,8 @@ class T5(nn.Module):
     def logits(self, states: Array) -> Array:
         """Logits over the whole vocabulary, float32 [..., vocab]."""
         kernel = self.output_columns(lambda kernel: kernel)
-        return jnp.dot(states, kernel.astype(self.config.dtype)).astype(jnp.float32)
+        kernel = kernel.astype(self.config.dtype)
+        return jnp.dot(states, kernel, preferred_element_type=jnp.float32)
 
     def start(self, encoder_tokens: Array) -> CrossCache:
         """Encodes the queries once and projects the decoder's view of them, layer by layer."""

@@ -206,7 +206,8 @@ class _Loop:
         if plan.step % config.log_every == 0 or plan.done or measured:
             self._log(plan, rate, bar)
         parts = config.evaluations
-        if plan.done or int(before * parts) < int(plan.progress * parts):
+        # A little is added because progress is a rounded sum: a third of the way counts as one.
+        if plan.done or int(before * parts + 1e-4) < int(plan.progress * parts + 1e-4):
             self.evaluate(state, plan)
         self.save(state, plan)
         return state

@@ -1,0 +1,300 @@
+"""The command line: one function a verb. Results go to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from genret_jax import __version__
+from genret_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from genret_jax.corpus import Corpus
+    from genret_jax.recipe import Recipe
+    from genret_jax.retriever import Retriever
+
+_STARTED = time.monotonic()
+log = logging.getLogger("genret_jax")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb.
+
+    Returns:
+      The exit code: 0, 2 for a user's mistake, 128 + n after signal n.
+    """
+    arguments = _parser().parse_args(argv)
+    _quiet()
+    try:
+        arguments.run(arguments)
+    except UserError as error:
+        print(f"genret: {error}", file=sys.stderr)
+        return 2
+    except SystemExit as stop:  # an interrupted training, its checkpoint written
+        print(f"genret: {getattr(stop, 'message', stop)}", file=sys.stderr)
+        return stop.code if isinstance(stop.code, int) else 1
+    except KeyboardInterrupt:
+        print("genret: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of stdout has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    return 0
+
+
+def _quiet() -> None:
+    """Our own log lines to stderr; those of the libraries only when something is wrong."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    log.handlers[:] = [handler]
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    logging.getLogger("absl").setLevel(logging.ERROR)
+
+
+def _print(arguments: argparse.Namespace, value: dict[str, Any], text: str) -> None:
+    print(json.dumps(value) if arguments.json else text)
+
+
+def fit(arguments: argparse.Namespace) -> None:
+    from genret_jax.fit import fit as run_fit
+
+    retriever = run_fit(
+        arguments.corpus,
+        recipe=_recipe(arguments),
+        out=arguments.out,
+        minutes=arguments.minutes,
+        started=_STARTED,
+    )
+    about = retriever.about
+    dev = ", ".join(f"{name} {value:.3f}" for name, value in about["dev"].items())
+    _print(
+        arguments,
+        {"run": str(arguments.out), **about},
+        f"{arguments.out}: {about['training']['steps']} steps in "
+        f"{about['training']['seconds'] / 60:.1f} minutes; dev {dev or 'not measured'}\n"
+        f'Next: genret search {arguments.out} "your question"',
+    )
+
+
+def search(arguments: argparse.Namespace) -> None:
+    import dataclasses
+
+    from genret_jax.retriever import Retriever
+
+    retriever = Retriever.load(arguments.run_folder)
+    hits = retriever.search(arguments.query, k=arguments.k, beam=arguments.beam)
+    lines = [f"{h.rank:3d}  {h.score:8.3f}  {h.document}  {h.title}  [{h.docid}]" for h in hits]
+    value = {"query": arguments.query, "hits": [dataclasses.asdict(h) for h in hits]}
+    _print(arguments, value, "\n".join(lines))
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    from genret_jax.comparison import baseline, compare
+    from genret_jax.corpus import write_run
+    from genret_jax.retriever import Retriever, find_retriever
+
+    retriever = Retriever.load(arguments.run_folder)
+    corpus = _corpus_of(retriever, arguments.corpus)
+    searchers: dict[str, Any] = {retriever.name: _WithBeam(retriever, arguments.beam)}
+    searchers |= {name: baseline(name, corpus) for name in arguments.baseline}
+    comparison = compare(searchers, corpus, split=arguments.split)
+    if arguments.run_file:
+        write_run(comparison.runs[retriever.name], arguments.run_file, tag=retriever.name)
+    folder = find_retriever(Path(arguments.run_folder))
+    paths = comparison.write(folder)
+    _print(
+        arguments,
+        comparison.to_dict(),
+        f"{comparison.table()}\n\nwritten: {', '.join(map(str, paths))}",
+    )
+
+
+class _WithBeam:
+    """A retriever as the Searcher of an evaluation: with a beam, and a progress bar."""
+
+    def __init__(self, retriever: Retriever, beam: int):
+        self._retriever, self._beam = retriever, beam
+        self.name = retriever.name
+
+    def search(self, queries: Sequence[str], *, k: int) -> list[Any]:
+        from tqdm import tqdm
+
+        hits: list[Any] = []
+        with tqdm(total=len(queries), unit="query", desc=self.name, disable=None) as bar:
+            for start in range(0, len(queries), 64):
+                chunk = queries[start : start + 64]
+                hits += self._retriever.search(chunk, k=k, beam=self._beam)
+                bar.update(len(chunk))
+        return hits
+
+
+def index(arguments: argparse.Namespace) -> None:
+    import dataclasses
+
+    from genret_jax.corpus import read_corpus
+    from genret_jax.indexing import build_index
+
+    recipe = _recipe(arguments)
+    corpus = read_corpus(arguments.corpus)
+    for warning in corpus.warnings:
+        log.warning("%s", warning)
+    pairs = corpus.pairs("train") if "train" in corpus.splits else []
+    made = build_index(
+        corpus,
+        Path(arguments.out) / "index",
+        docids=dataclasses.replace(recipe.docids),
+        vocabulary=recipe.vocabulary,
+        pairs=pairs,
+        seed=recipe.train.seed,
+    )
+    about = {**made.about, "example": [made.table.text(row) for row in range(min(5, made.table.rows))]}
+    _print(arguments, about, _lines_of(about))
+
+
+def info(arguments: argparse.Namespace) -> None:
+    from genret_jax.indexing import Index
+    from genret_jax.retriever import Retriever
+
+    folder = Path(arguments.run_folder)
+    for place in (folder, folder / "index"):
+        if (place / "index.json").is_file() and not (folder / "retriever").exists():
+            if (place / "retriever.json").is_file():
+                break
+            about = Index.load(place).about
+            _print(arguments, about, _lines_of(about))
+            return
+    retriever = Retriever.load(folder)
+    about = {k: v for k, v in retriever.about.items() if k != "recipe"}
+    about["index"] = retriever.index.about["report"]
+    about["bytes"] = {
+        p.name: p.stat().st_size for p in sorted(retriever.folder.iterdir()) if p.is_file()
+    }
+    _print(arguments, about, _lines_of(about))
+
+
+def quickstart(arguments: argparse.Namespace) -> None:
+    from genret_jax.quickstart.run import run_quickstart
+
+    value, text = run_quickstart(Path(arguments.out), started=_STARTED)
+    _print(arguments, value, text)
+
+
+def _recipe(arguments: argparse.Namespace) -> Recipe:
+    from genret_jax.recipe import load_recipe
+
+    bindings = list(arguments.gin)
+    if arguments.docids:
+        bindings += [f"DocidConfig.kind = {arguments.docids!r}", "DocidConfig.settings = {}"]
+    return load_recipe(
+        arguments.method, size=arguments.size, gin_files=arguments.gin_file, bindings=bindings
+    )
+
+
+def _corpus_of(retriever: Retriever, given: str | None) -> Corpus:
+    """The corpus with queries and judgements that a retriever was made from."""
+    from genret_jax.corpus import read_corpus
+    from genret_jax.quickstart import standard_library_corpus
+
+    about = retriever.about["corpus"]
+    if not given and about["name"] == standard_library_corpus().name:
+        return standard_library_corpus()
+    path = given or about["path"]
+    if not path or not Path(path).exists():
+        raise UserError(
+            f"the corpus of this retriever is not at {path or 'a known place'}; give --corpus FOLDER"
+        )
+    return read_corpus(path)
+
+
+def _lines_of(value: dict[str, Any], indent: str = "") -> str:
+    """A nested dict as aligned lines."""
+    lines = []
+    width = max((len(str(key)) for key in value), default=0)
+    for key, item in value.items():
+        if isinstance(item, dict) and item:
+            lines += [f"{indent}{key}", _lines_of(item, indent + "  ")]
+        else:
+            lines.append(f"{indent}{str(key):<{width}}  {item}")
+    return "\n".join(lines)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="genret", description="Generative retrieval: train, search and measure."
+    )
+    parser.add_argument("--version", action="version", version=f"genret_jax {__version__}")
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+
+    def verb(run: Callable[..., None], help: str, example: str) -> argparse.ArgumentParser:
+        command = verbs.add_parser(
+            run.__name__, help=help, description=f"{help}\n\nExample:\n  {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.set_defaults(run=run)
+        command.add_argument("--json", action="store_true", help="one JSON object on stdout")
+        return command
+
+    command = verb(fit, "train a retriever over a corpus", "genret fit my_corpus --out runs/mine --minutes 15")
+    command.add_argument("corpus", help="BEIR folder, or a corpus.jsonl[.gz]")
+    command.add_argument("--out", required=True, help="folder of the run; made, or gone on with")
+    command.add_argument("--minutes", type=float, help="end within so many minutes, all included")
+    _add_recipe_options(command)
+
+    command = verb(search, "search a retriever", 'genret search runs/mine "who fixes lifts?" -k 5')
+    command.add_argument("run_folder", metavar="RUN", help="folder of a fit, or a retriever folder")
+    command.add_argument("query")
+    command.add_argument("-k", type=int, default=10, help="documents (default 10)")
+    command.add_argument("--beam", type=int, default=100, help="hypotheses (default 100)")
+
+    command = verb(
+        evaluate, "measure a retriever on a split of its corpus",
+        "genret evaluate runs/mine --split test --baseline bm25 --baseline bm25+q",
+    )
+    command.add_argument("run_folder", metavar="RUN", help="folder of a fit, or a retriever folder")
+    command.add_argument("--split", default="test", help="which queries (default test)")
+    command.add_argument(
+        "--baseline", action="append", default=[], metavar="NAME",
+        help="measure bm25 or bm25+q (train queries appended to documents) too; may be repeated",
+    )
+    command.add_argument("--beam", type=int, default=100, help="hypotheses (default 100)")
+    command.add_argument("--run-file", help="write the ranking as a TREC run")
+    command.add_argument("--corpus", help="where the corpus is now, if it was moved")
+
+    command = verb(
+        index, "make identifiers and trie alone, and report on them",
+        "genret index my_corpus --docids keywords --out runs/mine",
+    )
+    command.add_argument("corpus", help="BEIR folder, or a corpus.jsonl[.gz]")
+    command.add_argument("--out", required=True, help="folder of the run")
+    _add_recipe_options(command)
+
+    command = verb(info, "say what is in a run", "genret info runs/mine")
+    command.add_argument("run_folder", metavar="RUN", help="folder of a fit, an index or a retriever")
+
+    command = verb(
+        quickstart, "train on Python's own standard library and search it (3 minutes)",
+        "genret quickstart",
+    )
+    command.add_argument("--out", default="runs/quickstart", help="folder of the run")
+    return parser
+
+
+def _add_recipe_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--method", default="dsi", help="what to train (default dsi)")
+    command.add_argument("--docids", help="kind of identifiers, instead of the method's own")
+    command.add_argument("--size", help="size of the network, instead of the method's own")
+    command.add_argument("--gin_file", action="append", default=[], help="further gin file")
+    command.add_argument(
+        "--gin", action="append", default=[], metavar="BINDING",
+        help="such as 'TrainConfig.steps = 500'; comes last",
+    )

@@ -1,0 +1,123 @@
+"""Searchers against one another on the same queries: numbers, a table and a picture."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from genret_jax.baselines.protocol import Searcher
+from genret_jax.corpus import Corpus, Run
+from genret_jax.errors import UserError
+from genret_jax.evaluation import DEFAULT_METRICS, evaluate, markdown_table, run_of
+from genret_jax.files import replace_on_success
+
+BASELINES = ("bm25", "bm25+q")
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """What was measured.
+
+    Attributes:
+      split: of the corpus.
+      methods: name -> metric -> value; besides the metrics, "queries" and "queries_per_second".
+      runs: name -> query id -> document id -> score.
+    """
+
+    split: str
+    methods: dict[str, dict[str, float]]
+    runs: dict[str, Run]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"split": self.split, "methods": self.methods}
+
+    def table(self) -> str:
+        """Markdown; the best value of each metric is bold."""
+        shown = {
+            name: {m: v for m, v in values.items() if m in DEFAULT_METRICS}
+            for name, values in self.methods.items()
+        }
+        return markdown_table(shown)
+
+    def write(self, folder: str | Path) -> list[Path]:
+        """Writes comparison-SPLIT.json, .md and .png; returns their paths."""
+        stem = Path(folder) / f"comparison-{self.split}"
+        paths = [stem.with_name(f"{stem.name}{end}") for end in (".json", ".md", ".png")]
+        with replace_on_success(paths[0]) as temporary:
+            temporary.write_text(json.dumps(self.to_dict(), indent=1))
+        with replace_on_success(paths[1]) as temporary:
+            temporary.write_text(self.table() + "\n")
+        _draw(self, paths[2])
+        return paths
+
+
+def baseline(name: str, corpus: Corpus) -> Searcher:
+    """A baseline by the name that `--baseline` takes.
+
+    Raises:
+      UserError: for an unknown name, or "bm25+q" on a corpus without train queries.
+    """
+    from genret_jax.baselines.sparse import bm25_for
+
+    if name not in BASELINES:
+        raise UserError(f"baseline {name!r} is not known; choose one of {', '.join(BASELINES)}")
+    return bm25_for(corpus, with_train_queries=name.endswith("+q"))
+
+
+def compare(
+    searchers: Mapping[str, Searcher], corpus: Corpus, *, split: str, k: int = 100
+) -> Comparison:
+    """Runs every searcher over the judged queries of a split.
+
+    Args:
+      searchers: by the name in the result. One that compiles is warmed up first, so that its
+        speed is what a running service would see.
+      corpus: with the split.
+      split: its name.
+      k: documents a query, at least 100 for recall@100.
+    """
+    queries = corpus.split_queries(split)
+    methods: dict[str, dict[str, float]] = {}
+    runs: dict[str, Run] = {}
+    for name, searcher in searchers.items():
+        _warm_up(searcher, list(queries.values()), k)
+        run, speed = run_of(searcher, queries, k)
+        methods[name] = {
+            **evaluate(run, corpus.qrels[split], DEFAULT_METRICS),
+            "queries": len(queries),
+            "queries_per_second": round(speed, 2),
+        }
+        runs[name] = run
+    return Comparison(split, methods, runs)
+
+
+def _warm_up(searcher: Searcher, queries: Sequence[str], k: int) -> None:
+    full = 64  # the sizes of batch that the whole run will have
+    searcher.search(queries[:full], k=k)
+    if len(queries) % full and len(queries) > full:
+        searcher.search(queries[: len(queries) % full], k=k)
+
+
+def _draw(comparison: Comparison, path: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    metrics = [m for m in DEFAULT_METRICS if m in next(iter(comparison.methods.values()))]
+    figure = Figure(figsize=(9, 4), layout="constrained", dpi=110)
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    width = 0.8 / len(comparison.methods)
+    for i, (name, values) in enumerate(comparison.methods.items()):
+        places = [x + (i - (len(comparison.methods) - 1) / 2) * width for x in range(len(metrics))]
+        bars = axes.bar(places, [values[m] for m in metrics], width * 0.92, label=name)
+        axes.bar_label(bars, fmt="%.3f", fontsize=8, padding=2)
+    queries = int(next(iter(comparison.methods.values()))["queries"])
+    axes.set_xticks(range(len(metrics)), metrics)
+    axes.set(ylim=(0, 1.08), title=f"{comparison.split}: {queries} queries")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(ncols=len(comparison.methods), loc="upper left", frameon=False)
+    with replace_on_success(path) as temporary:
+        figure.savefig(temporary, format="png")

@@ -1,0 +1,253 @@
+"""The trainer: exact resume, shardings, time budgets, and what it writes down."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from genret_jax.data.batches import Batches, Pool
+from genret_jax.errors import UserError
+from genret_jax.modeling.model import RetrievalModel
+from genret_jax.modeling.network import T5Config
+from genret_jax.recipe import TrainConfig
+from genret_jax.training import partitioning
+from genret_jax.training.budget import Clock, Plan
+from genret_jax.training.interruption import Interrupted
+from genret_jax.training.journal import Journal, read_records
+from genret_jax.training.optimizers import learning_rate, make_optimizer, set_learning_rate
+from genret_jax.training.trainer import Stepper, train
+from genret_jax.vocabularies import DocidSpace
+
+CONFIG = TrainConfig(
+    steps=24,
+    batch_size=8,
+    learning_rate=1e-2,
+    warmup_steps=4,
+    evaluations=3,
+    checkpoint_every=7,
+    log_every=5,
+)
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = T5Config(
+        vocab_size=128, embed_dim=16, num_heads=2, head_dim=8, mlp_dim=32,
+        num_encoder_layers=1, num_decoder_layers=1, embedding_scale=0.1,
+    )
+    return RetrievalModel(config, DocidSpace(50, 12))
+
+
+@pytest.fixture(scope="module")
+def batches():
+    rng = np.random.default_rng(0)
+    inputs = rng.integers(2, 50, (40, 8)).astype(np.int32)
+    inputs[:20, 4:] = 0
+    targets = rng.integers(50, 60, (40, 3)).astype(np.int32)
+    arrays = {
+        "encoder_input_tokens": inputs,
+        "decoder_input_tokens": np.pad(targets, ((0, 0), (1, 0)))[:, :-1],
+        "decoder_target_tokens": targets,
+        "decoder_loss_weights": np.ones((40, 3), np.float32),
+    }
+    return Batches([Pool(arrays, 1.0)], batch_size=8, seed=0, buckets=(4, 8))
+
+
+def _evaluation(params):
+    return {"mrr@10": float(jnp.abs(params["token_embedder"]["embedding"]).sum() % 1)}
+
+
+def _equal(a, b):
+    return all(jax.tree.leaves(jax.tree.map(lambda x, y: bool((x == y).all()), a, b)))
+
+
+@pytest.mark.parametrize("stop_at", [10, 14])
+def test_resume_equals_uninterrupted(model, batches, tmp_path, stop_at):
+    whole = train(model, batches, config=CONFIG, folder=tmp_path / "a", evaluate=_evaluation)
+
+    class Stopping:
+        """Sends SIGTERM to this process when a certain batch is asked for."""
+
+        def __getitem__(self, n):
+            if n == stop_at:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return batches[n]
+
+        def shapes(self):
+            return batches.shapes()
+
+    with pytest.raises(Interrupted) as stop:
+        train(model, Stopping(), config=CONFIG, folder=tmp_path / "b", evaluate=_evaluation)
+    assert stop.value.code == 128 + signal.SIGTERM and "same command" in stop.value.message
+    parts = train(model, batches, config=CONFIG, folder=tmp_path / "b", evaluate=_evaluation)
+    assert whole.steps == parts.steps == 24 and whole.best_step == parts.best_step
+    assert _equal(whole.params, parts.params)
+    a, b = (read_records(tmp_path / x / "metrics.jsonl", up_to=99) for x in "ab")
+    dev = [[r for r in records if r["kind"] == "dev"] for records in (a, b)]
+    assert dev[0] == dev[1] and [r["step"] for r in dev[0]] == [0, 8, 16, 24]
+
+
+def test_a_crash_goes_on_from_the_last_checkpoint(model, batches, tmp_path):
+    whole = train(model, batches, config=CONFIG, folder=tmp_path / "a", evaluate=_evaluation)
+
+    class Crashing:
+        def __getitem__(self, n):
+            if n == 18:
+                raise RuntimeError("power cut")
+            return batches[n]
+
+        def shapes(self):
+            return batches.shapes()
+
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(model, Crashing(), config=CONFIG, folder=tmp_path / "b", evaluate=_evaluation)
+    parts = train(model, batches, config=CONFIG, folder=tmp_path / "b", evaluate=_evaluation)
+    assert _equal(whole.params, parts.params)
+
+
+def test_training_lowers_the_loss_and_keeps_the_best(model, batches, tmp_path):
+    seen = []
+
+    def evaluation(params):
+        seen.append(params["token_embedder"]["embedding"].copy())
+        return {"mrr@10": [0.1, 0.9, 0.4, 0.2][len(seen) - 1]}
+
+    result = train(model, batches, config=CONFIG, folder=tmp_path, evaluate=evaluation)
+    assert result.best_step == 8 and result.dev == {"mrr@10": 0.9}
+    assert (result.params["token_embedder"]["embedding"] == seen[1]).all()
+    losses = [r["loss"] for r in read_records(tmp_path / "metrics.jsonl", up_to=99) if "loss" in r]
+    assert losses[-1] < 0.9 * losses[0]
+    assert (tmp_path / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert list((tmp_path / "tensorboard").glob("events.*"))
+
+
+def test_without_dev_the_last_parameters_are_kept(model, batches, tmp_path):
+    result = train(model, batches, config=CONFIG, folder=tmp_path)
+    assert result.best_step == 24 and result.dev == {}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+@pytest.mark.parametrize("shape", [(4, 1), (2, 2), (1, 4)])
+def test_one_device_equals_four(model, batches, shape, optimizer):
+    def losses(devices, model_parallel):
+        mesh = partitioning.make_mesh(
+            model_parallel=model_parallel, devices=jax.devices()[:devices]
+        )
+        config = dataclasses.replace(CONFIG, optimizer=optimizer)
+        stepper = Stepper(model, config, mesh)
+        state = stepper.init(jax.random.key(0))
+        stepper.compile(state, batches)
+        found = []
+        for n in range(4):
+            state, metrics = stepper(state, batches[n], 1e-2)
+            found.append(float(metrics["loss"]))
+        return found, state
+
+    one, _ = losses(1, 1)
+    four, state = losses(shape[0] * shape[1], shape[1])
+    assert four == pytest.approx(one, rel=1e-5)
+    kernel = state.params["decoder"]["layers_0"]["mlp"]["wi_0"]["kernel"]
+    assert kernel.sharding.shard_shape(kernel.shape) == (16, 32 // shape[1])
+
+
+def test_indivisible_devices():
+    with pytest.raises(ValueError, match="3 devices do not divide"):
+        partitioning.make_mesh(model_parallel=2, devices=jax.devices()[:3])
+
+
+def test_learning_rate_by_hand():
+    kw = {"warmup_steps": 10}
+    assert learning_rate(2.0, 0.0, 4, schedule="cosine", **kw) == pytest.approx(1.0)
+    assert learning_rate(2.0, 0.5, 100, schedule="cosine", **kw) == pytest.approx(1.0)
+    assert learning_rate(2.0, 0.25, 100, schedule="linear", **kw) == pytest.approx(1.5)
+    assert learning_rate(2.0, 0.9, 100, schedule="constant", **kw) == 2.0
+    assert learning_rate(2.0, 1.0, 100, schedule="cosine", **kw) == pytest.approx(0.0)
+    with pytest.raises(UserError, match="cosine, linear, constant"):
+        learning_rate(1.0, 0.0, 0, schedule="square", **kw)
+
+
+def test_adamw_is_optax_adamw_with_decay_on_matrices_alone():
+    params = {"w": jnp.full((2, 2), 2.0), "scale": jnp.ones(2)}
+    grads = {"w": jnp.full((2, 2), 0.1), "scale": jnp.full(2, 0.1)}
+    optimizer = make_optimizer("adamw", weight_decay=0.5, clip_norm=0.0)
+    state = set_learning_rate(optimizer.init(params), jnp.float32(0.1))
+    updates, _ = optimizer.update(grads, state, params)
+    # First step of Adam: the sign of the gradient; plus lr * decay * w for the matrix.
+    np.testing.assert_allclose(updates["scale"], -0.1, rtol=1e-5)
+    np.testing.assert_allclose(updates["w"], -0.1 - 0.1 * 0.5 * 2.0, rtol=1e-5)
+
+
+def test_clipping_bounds_the_gradient():
+    optimizer = make_optimizer("adafactor", clip_norm=1.0)
+    params = {"w": jnp.ones((4, 4))}
+    state = set_learning_rate(optimizer.init(params), jnp.float32(0.1))
+    updates, _ = optimizer.update({"w": jnp.full((4, 4), 1e9)}, state, params)
+    assert np.isfinite(np.asarray(updates["w"])).all() and (np.asarray(updates["w"]) < 0).all()
+    with pytest.raises(UserError, match="adamw, adafactor"):
+        make_optimizer("sgd")
+    assert isinstance(optimizer, optax.GradientTransformationExtraArgs)
+
+
+def test_plan_without_budget_is_step_over_total():
+    plan = Plan(total=8)
+    for step in range(8):
+        assert plan.progress == pytest.approx(step / 8, abs=1e-6) and not plan.done
+        plan.advance()
+    assert plan.done and plan.progress == pytest.approx(1.0)
+
+
+def test_budget_plans_the_steps_that_fit_and_never_jumps():
+    now = [100.0]
+    clock = Clock(60.0, started=100.0, reserve=5.0, now=lambda: now[0])
+    plan = Plan(step=10)
+    now[0] = 110.0
+    clock.plan(plan, step_seconds=0.5, other_seconds=5.0)
+    assert plan.total == 10 + 80  # 60 - 5 - 10 - 5 = 40 seconds of 0.5
+    for _ in range(40):
+        plan.advance()
+    before = plan.progress
+    now[0] = 140.0  # slower than planned: 10 seconds left
+    clock.plan(plan, step_seconds=1.0, other_seconds=5.0)
+    assert plan.total == 50 + 10 and plan.progress == before
+    for _ in range(10):
+        plan.advance()
+    assert plan.done and plan.progress == pytest.approx(1.0, abs=1e-5)
+    now[0] = 1000.0  # far too late: one more step, and the end
+    clock.plan(plan, step_seconds=1.0, other_seconds=0.0)
+    assert plan.total == plan.step + 1
+
+
+def test_resumed_clock_counts_earlier_sessions():
+    clock = Clock(60.0, started=0.0, now=lambda: 10.0)
+    clock.resume(np.float32(30.0))
+    assert clock.elapsed == 40.0
+
+
+def test_time_budget_is_kept(model, batches, tmp_path):
+    clock = Clock(12.0)
+    result = train(model, batches, config=CONFIG, folder=tmp_path, clock=clock)
+    # The bound is wide because compiling is not in our hands; without planning it would not end.
+    assert result.steps > 24 and clock.elapsed < 40
+
+
+def test_journal_drops_what_will_be_written_again(tmp_path):
+    lines = [{"kind": "train", "step": s, "loss": 1.0} for s in (5, 10, 15)]
+    text = "".join(json.dumps(line) + "\n" for line in lines) + '{"kind": "tr'
+    (tmp_path / "metrics.jsonl").write_text(text)
+    journal = Journal(tmp_path, after_step=10)
+    assert [r["step"] for r in journal.records] == [5, 10]
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_not_a_number_stops_with_a_remedy(model, batches, tmp_path):
+    config = dataclasses.replace(CONFIG, learning_rate=float("nan"))
+    with pytest.raises(UserError, match="lower the learning rate"):
+        train(model, batches, config=config, folder=tmp_path)
