@@ -35,7 +35,8 @@ clean:  ## removes .venv, caches and builds; what was trained (runs/) stays
 # From an empty .venv each time, so that what left the lock is gone from the machine too.
 $(LOCKED): requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null || { \
-	  found=$$($(PYTHON) --version 2>/dev/null) || found="not a working Python"; \
+	  found=$$(command -v $(PYTHON) >/dev/null && $(PYTHON) --version 2>&1) || \
+	    found="not a working Python"; \
 	  echo "$(PYTHON) is $$found: Python 3.11 to 3.13 is needed; give one," \
 	    "as in: make $(MAKECMDGOALS) PYTHON=python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv --clear $(VENV)

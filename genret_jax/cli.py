@@ -139,8 +139,6 @@ class _WithBeam:
 
 
 def index(arguments: argparse.Namespace) -> None:
-    import dataclasses
-
     from genret_jax.corpus import read_corpus
     from genret_jax.indexing import build_index
 
@@ -152,12 +150,15 @@ def index(arguments: argparse.Namespace) -> None:
     made = build_index(
         corpus,
         Path(arguments.out) / "index",
-        docids=dataclasses.replace(recipe.docids),
+        docids=recipe.docids,
         vocabulary=recipe.vocabulary,
         pairs=pairs,
         seed=recipe.train.seed,
     )
-    about = {**made.about, "example": [made.table.text(row) for row in range(min(5, made.table.rows))]}
+    about = {
+        **made.about,
+        "example": [made.table.text(row) for row in range(min(5, made.table.rows))],
+    }
     _print(arguments, about, _lines_of(about))
 
 
@@ -211,7 +212,8 @@ def _corpus_of(retriever: Retriever, given: str | None) -> Corpus:
     path = given or about["path"]
     if not path or not Path(path).exists():
         raise UserError(
-            f"the corpus of this retriever is not at {path or 'a known place'}; give --corpus FOLDER"
+            f"the corpus of this retriever is not at {path or 'a known place'}; "
+            "give --corpus FOLDER"
         )
     return read_corpus(path)
 
@@ -237,14 +239,18 @@ def _parser() -> argparse.ArgumentParser:
 
     def verb(run: Callable[..., None], help: str, example: str) -> argparse.ArgumentParser:
         command = verbs.add_parser(
-            run.__name__, help=help, description=f"{help}\n\nExample:\n  {example}",
+            run.__name__,
+            help=help,
+            description=f"{help}\n\nExample:\n  {example}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         command.set_defaults(run=run)
         command.add_argument("--json", action="store_true", help="one JSON object on stdout")
         return command
 
-    command = verb(fit, "train a retriever over a corpus", "genret fit my_corpus --out runs/mine --minutes 15")
+    command = verb(
+        fit, "train a retriever over a corpus", "genret fit my_corpus --out runs/mine --minutes 15"
+    )
     command.add_argument("corpus", help="BEIR folder, or a corpus.jsonl[.gz]")
     command.add_argument("--out", required=True, help="folder of the run; made, or gone on with")
     command.add_argument("--minutes", type=float, help="end within so many minutes, all included")
@@ -257,13 +263,17 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--beam", type=int, default=100, help="hypotheses (default 100)")
 
     command = verb(
-        evaluate, "measure a retriever on a split of its corpus",
+        evaluate,
+        "measure a retriever on a split of its corpus",
         "genret evaluate runs/mine --split test --baseline bm25 --baseline bm25+q",
     )
     command.add_argument("run_folder", metavar="RUN", help="folder of a fit, or a retriever folder")
     command.add_argument("--split", default="test", help="which queries (default test)")
     command.add_argument(
-        "--baseline", action="append", default=[], metavar="NAME",
+        "--baseline",
+        action="append",
+        default=[],
+        metavar="NAME",
         help="measure bm25 or bm25+q (train queries appended to documents) too; may be repeated",
     )
     command.add_argument("--beam", type=int, default=100, help="hypotheses (default 100)")
@@ -271,7 +281,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--corpus", help="where the corpus is now, if it was moved")
 
     command = verb(
-        index, "make identifiers and trie alone, and report on them",
+        index,
+        "make identifiers and trie alone, and report on them",
         "genret index my_corpus --docids keywords --out runs/mine",
     )
     command.add_argument("corpus", help="BEIR folder, or a corpus.jsonl[.gz]")
@@ -279,10 +290,13 @@ def _parser() -> argparse.ArgumentParser:
     _add_recipe_options(command)
 
     command = verb(info, "say what is in a run", "genret info runs/mine")
-    command.add_argument("run_folder", metavar="RUN", help="folder of a fit, an index or a retriever")
+    command.add_argument(
+        "run_folder", metavar="RUN", help="folder of a fit, an index or a retriever"
+    )
 
     command = verb(
-        quickstart, "train on Python's own standard library and search it (3 minutes)",
+        quickstart,
+        "train on Python's own standard library and search it (3 minutes)",
         "genret quickstart",
     )
     command.add_argument("--out", default="runs/quickstart", help="folder of the run")
@@ -295,6 +309,9 @@ def _add_recipe_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--size", help="size of the network, instead of the method's own")
     command.add_argument("--gin_file", action="append", default=[], help="further gin file")
     command.add_argument(
-        "--gin", action="append", default=[], metavar="BINDING",
+        "--gin",
+        action="append",
+        default=[],
+        metavar="BINDING",
         help="such as 'TrainConfig.steps = 500'; comes last",
     )

@@ -127,9 +127,7 @@ class Corpus:
         return self.qrels[split]
 
 
-def read_corpus(
-    path: str | os.PathLike[str], *, splits: Sequence[str] | None = None
-) -> Corpus:
+def read_corpus(path: str | os.PathLike[str], *, splits: Sequence[str] | None = None) -> Corpus:
     """Reads a BEIR folder, or a lone corpus file without queries.
 
     Documents need the fields `_id` and `text`, queries too; `title` may be missing and other
@@ -206,7 +204,8 @@ def _read_folder(path: Path, *, splits: Sequence[str] | None, notices: Notices) 
             if query not in judged:
                 notices.add(
                     "queries without judgements, kept and never evaluated",
-                    path=queries_file, line=query_ids.lines[position],
+                    path=queries_file,
+                    line=query_ids.lines[position],
                 )
     return _corpus(
         documents, index, queries, qrels, notices=notices, name=path.resolve().name or "corpus"
@@ -262,9 +261,7 @@ def _split_files(
     return {split: there[split] for split in wanted}
 
 
-def _read_documents(
-    path: Path, *, notices: Notices
-) -> tuple[tuple[Document, ...], dict[str, int]]:
+def _read_documents(path: Path, *, notices: Notices) -> tuple[tuple[Document, ...], dict[str, int]]:
     ids = Ids()
     documents: list[Document] = []
     for line, record in read_records(path, notices=notices):
@@ -314,7 +311,8 @@ def _read_split(
     for line, _ in unknown:
         notices.add(
             "judgements of documents that the corpus lacks, kept and never found",
-            path=path, line=line,
+            path=path,
+            line=line,
         )
     if not qrels:
         notices.add("no judgements in the file", path=path)

@@ -197,9 +197,7 @@ def randomisation_test(
     return (1 + extreme) / (1 + samples)
 
 
-def markdown_table(
-    methods: Mapping[str, Mapping[str, float]], *, digits: int = 3
-) -> str:
+def markdown_table(methods: Mapping[str, Mapping[str, float]], *, digits: int = 3) -> str:
     """A Markdown table, one row a method and one column a metric, the best of each column in bold.
 
     Columns are in order of first appearance; a value that a method lacks is a dash. Values that
@@ -223,8 +221,10 @@ def markdown_table(
         best = max(comparable) if len(comparable) > 1 else None
         cells = ["–" if math.isnan(number) else f"{number:.{digits}f}" for number in rounded]
         columns.append(
-            [f"**{cell}**" if number == best else cell
-             for cell, number in zip(cells, rounded, strict=True)]
+            [
+                f"**{cell}**" if number == best else cell
+                for cell, number in zip(cells, rounded, strict=True)
+            ]
         )
     rows = [["method", *metrics], ["---", *["---:"] * len(metrics)]]
     for place, name in enumerate(methods):
@@ -255,7 +255,10 @@ def _gain(grades: Sequence[int]) -> float:
 
 
 _MEASURES: dict[str, Callable[..., float]] = {
-    "hits": _hits, "recall": _recall, "mrr": _mrr, "ndcg": _ndcg,
+    "hits": _hits,
+    "recall": _recall,
+    "mrr": _mrr,
+    "ndcg": _ndcg,
 }
 
 

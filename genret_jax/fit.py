@@ -1,10 +1,10 @@
 """The main job: corpus -> index -> training -> retriever folder.
 
-    RUN/
-      index/       vocabulary, docids, trie, documents
-      training/    checkpoints, metrics.jsonl, curves.png, TensorBoard events
-      curves.png   the same picture, where a person looks first
-      retriever/   the result, complete in itself; training/ can be deleted once it is there
+RUN/
+  index/       vocabulary, docids, trie, documents
+  training/    checkpoints, metrics.jsonl, curves.png, TensorBoard events
+  curves.png   the same picture, where a person looks first
+  retriever/   the result, complete in itself; training/ can be deleted once it is there
 """
 
 from __future__ import annotations
@@ -128,9 +128,7 @@ def fit(
     )
     about = _about(recipe, corpus, path, index, model, split, result, length)
     about["training"]["seconds"] = round(time.monotonic() - began, 1)
-    write_retriever(
-        result.params, about, index_folder=out / "index", folder=out / "retriever"
-    )
+    write_retriever(result.params, about, index_folder=out / "index", folder=out / "retriever")
     if (out / "training" / "curves.png").exists():
         shutil.copyfile(out / "training" / "curves.png", out / "curves.png")
     return Retriever.load(find_retriever(out))
@@ -167,9 +165,7 @@ def _sample(names: Sequence[str], count: int, rng: np.random.Generator) -> list[
     return [names[i] for i in sorted(rng.choice(len(names), count, replace=False))]
 
 
-def _batches(
-    examples: TrainingExamples, index: Index, recipe: Recipe, length: int
-) -> Batches:
+def _batches(examples: TrainingExamples, index: Index, recipe: Recipe, length: int) -> Batches:
     data, train_config = recipe.data, recipe.train
     register(
         _TASKS,

@@ -61,9 +61,7 @@ def shown(value: object, *, limit: int = 60) -> str:
     return text[:limit] + "..." if too_long else text
 
 
-def read_lines(
-    path: str | os.PathLike[str], *, notices: Notices
-) -> Iterator[tuple[int, str]]:
+def read_lines(path: str | os.PathLike[str], *, notices: Notices) -> Iterator[tuple[int, str]]:
     """Yields (line number from 1, text without its line end) of every line that is not blank.
 
     Plain and gzip files are told apart by their first bytes, whatever their names say. Only a
@@ -142,6 +140,11 @@ def _decoded(data: bytes, *, path: Path, line: int) -> str:
 def _progress(path: Path) -> tqdm:
     """A bar over the bytes of the file as stored; silent for two seconds and off a terminal."""
     return tqdm(
-        total=path.stat().st_size, desc=path.name, unit="B", unit_scale=True,
-        delay=2, leave=False, disable=None,
+        total=path.stat().st_size,
+        desc=path.name,
+        unit="B",
+        unit_scale=True,
+        delay=2,
+        leave=False,
+        disable=None,
     )

@@ -8,6 +8,7 @@ command-line bindings come last.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -202,6 +203,7 @@ def load_recipe(
             raise UserError(f"{file}: no such gin file")
     gin.clear_config()
     gin.add_config_file_search_path(str(gin_folder()))
+    logging.disable(logging.ERROR)  # gin reports every place where an include is not
     try:
         for file in files:
             gin.parse_config_file(str(file))
@@ -211,6 +213,7 @@ def load_recipe(
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise UserError(f"recipe of method {method}: {lines[0] if lines else error!r}") from None
     finally:
+        logging.disable(logging.NOTSET)
         gin.clear_config()
 
 

@@ -1,11 +1,11 @@
 """One folder on disk = one retriever: search, save, load. Never imports TensorFlow.
 
-    retriever/
-      retriever.json      what it is: method, network, recipe, corpus, dev metrics
-      index.json, spiece.model, vocabulary.json, docids/, trie/, documents.*   the index
-      model.safetensors   weights
-      metrics.json        dev metrics, and test metrics once `genret evaluate` has run
-      README.md           model card
+retriever/
+  retriever.json      what it is: method, network, recipe, corpus, dev metrics
+  index.json, spiece.model, vocabulary.json, docids/, trie/, documents.*   the index
+  model.safetensors   weights
+  metrics.json        dev metrics, and test metrics once `genret evaluate` has run
+  README.md           model card
 """
 
 from __future__ import annotations
@@ -99,9 +99,7 @@ class Retriever:
 
     @functools.cached_property
     def ranker(self) -> Ranker:
-        model = RetrievalModel(
-            T5Config(**self.about["network"]), self.index.vocabulary.docids
-        )
+        model = RetrievalModel(T5Config(**self.about["network"]), self.index.vocabulary.docids)
         return Ranker(
             model=model,
             vocabulary=self.index.vocabulary,
@@ -111,7 +109,9 @@ class Retriever:
         )
 
     @overload
-    def search(self, queries: str, *, k: int = ..., beam: int = ...) -> list[RetrievedDocument]: ...
+    def search(  # type: ignore[overload-overlap]  (a str is a sequence of str, too)
+        self, queries: str, *, k: int = ..., beam: int = ...
+    ) -> list[RetrievedDocument]: ...
     @overload
     def search(
         self, queries: Sequence[str], *, k: int = ..., beam: int = ...
@@ -237,10 +237,12 @@ def model_card(about: dict[str, Any]) -> str:
 A generative retriever made by genret_jax: a T5-style encoder-decoder that writes the identifier
 of the document that answers a query, inside a trie of the identifiers that exist.
 
-- documents: {corpus["documents"]}; train pairs: {training["pairs"]}; dev queries: {training["dev_queries"]}
+- documents: {corpus["documents"]}; train pairs: {training["pairs"]}
+- dev queries: {training["dev_queries"]}
 - identifiers: {about["docids"]["kind"]} {json.dumps(about["docids"]["settings"])}
 - parameters: {about["parameters"]:,}
-- training: {training["steps"]} steps, {training["seconds"] / 60:.1f} minutes; parameters of step {training["best_step"]}
+- training: {training["steps"]} steps, {training["seconds"] / 60:.1f} minutes
+- the parameters are those of step {training["best_step"]}, the best on dev
 
 | dev metric | beam {training["dev_beam"]} |
 |---|---|

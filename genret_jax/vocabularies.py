@@ -140,7 +140,9 @@ def read_text_model(path: str | Path) -> bytes:
         processor.LoadFromSerializedProto(model)
     except (OSError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"{path}: not a SentencePiece model ({reason}); give a .model file") from None
+        raise UserError(
+            f"{path}: not a SentencePiece model ({reason}); give a .model file"
+        ) from None
     found = processor.pad_id(), processor.eos_id(), processor.unk_id()
     if found != (PAD, EOS, UNK):
         raise UserError(
@@ -200,7 +202,8 @@ def train_text_model(texts: Iterable[str], *, size: int = 8000, casefold: bool =
 def _lines(text: str) -> list[str]:
     """Lines of at most 1,000 characters, cut between words where there are any."""
     words = (w[i : i + 1000] for w in text.split() for i in range(0, len(w), 1000))
-    lines, length = [[]], 0
+    lines: list[list[str]] = [[]]
+    length = 0
     for word in words:
         if length + len(word) > 1000:
             lines.append([])

@@ -24,4 +24,6 @@ def load_weights(path: str | Path) -> Any:
     try:
         return traverse_util.unflatten_dict(load_file(str(path)), sep="/")
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: no whole weights here ({error}); run `genret fit` again") from None
+        raise UserError(
+            f"{path}: no whole weights here ({error}); run `genret fit` again"
+        ) from None

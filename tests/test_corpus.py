@@ -356,7 +356,8 @@ def test_bad_runs(tmp_path):
         ({"q": {"d": 1.0}}, "", "tag"),
     ]:
         fails(
-            tmp_path / "new", part,
+            tmp_path / "new",
+            part,
             reader=lambda path, run=run, tag=tag: write_run(run, path, tag=tag),
         )
     assert not (tmp_path / "new").exists()

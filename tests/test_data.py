@@ -110,15 +110,22 @@ def test_mixture_rates_and_t5x_reading(examples, vocabulary):
     rates = [p.rate for p in pools]
     assert sorted(rates) == pytest.approx([0.25, 0.75])
     dataset = seqio.get_dataset(  # as T5X does: shuffled, endless
-        "t5", LENGTHS, seqio.EncDecFeatureConverter(pack=False), shuffle=True, num_epochs=None,
-        seed=0, batch_size=4,
+        "t5",
+        LENGTHS,
+        seqio.EncDecFeatureConverter(pack=False),
+        shuffle=True,
+        num_epochs=None,
+        seed=0,
+        batch_size=4,
     )
     batch = next(iter(dataset.as_numpy_iterator()))
     assert batch["encoder_input_tokens"].shape == (4, 12)
 
 
 def test_dropped_words_are_never_all():
-    data = tf.data.Dataset.from_tensor_slices({"inputs": [[5, 6, 7, 8]] * 200, "targets": [[1]] * 200})
+    data = tf.data.Dataset.from_tensor_slices(
+        {"inputs": [[5, 6, 7, 8]] * 200, "targets": [[1]] * 200}
+    )
     lengths = [len(e["inputs"]) for e in drop_words(data, rate=0.5).as_numpy_iterator()]
     assert min(lengths) >= 1 and 1.5 < np.mean(lengths) < 2.6
 
@@ -147,7 +154,9 @@ def test_a_round_holds_every_example_of_the_first_task(pools):
     batches = Batches(pools, batch_size=8, seed=3, buckets=(4, 8, 16))
     for turn in range(3):
         first = turn * batches.round_size
-        marks = np.concatenate([batches[first + i]["mark"][:, 0] for i in range(batches.round_size)])
+        marks = np.concatenate(
+            [batches[first + i]["mark"][:, 0] for i in range(batches.round_size)]
+        )
         main = marks[marks < 1000]
         assert set(main) == set(range(100))
         assert 100 <= len(main) < 108 and 33 <= (marks >= 1000).sum() < 41

@@ -39,8 +39,16 @@ def test_by_hand():
     run = {"q": {"c": 4.0, "b": 3.0, "x": 2.0, "a": 1.0}}
     ideal = 3 / math.log2(2) + 2 / math.log2(3) + 1 / math.log2(4)
     expected = {
-        "hits@1": 0.0, "hits@2": 1.0, "recall@1": 0.0, "recall@2": 1 / 3, "recall@4": 2 / 3,
-        "recall@1000": 2 / 3, "mrr@1": 0.0, "mrr@2": 0.5, "mrr@10": 0.5, "ndcg@1": 0.0,
+        "hits@1": 0.0,
+        "hits@2": 1.0,
+        "recall@1": 0.0,
+        "recall@2": 1 / 3,
+        "recall@4": 2 / 3,
+        "recall@1000": 2 / 3,
+        "mrr@1": 0.0,
+        "mrr@2": 0.5,
+        "mrr@10": 0.5,
+        "ndcg@1": 0.0,
         "ndcg@2": (3 / math.log2(3)) / (3 + 2 / math.log2(3)),
         "ndcg@10": (3 / math.log2(3) + 1 / math.log2(5)) / ideal,
     }
@@ -103,11 +111,14 @@ def test_bad_input():
 # ---- ir_measures
 
 PEERS = {
-    "hits@1": ir_measures.Success @ 1, "hits@3": ir_measures.Success @ 3,
-    "recall@2": ir_measures.R @ 2, "recall@100": ir_measures.R @ 100,
+    "hits@1": ir_measures.Success @ 1,
+    "hits@3": ir_measures.Success @ 3,
+    "recall@2": ir_measures.R @ 2,
+    "recall@100": ir_measures.R @ 100,
     # With a cutoff RR comes from another peer, whose ties are in another order: asked without one.
     "mrr@1000": ir_measures.RR,
-    "ndcg@3": ir_measures.nDCG @ 3, "ndcg@10": ir_measures.nDCG @ 10,
+    "ndcg@3": ir_measures.nDCG @ 3,
+    "ndcg@10": ir_measures.nDCG @ 10,
 }
 IDS = st.sampled_from(["d1", "d10", "d2", "D2", "é", "z", "文", "d-3", "d.3", "00", "𝔸", "\ue000"])
 QUERY_IDS = st.sampled_from(["q1", "q2", "q3", "q4", "q5"])
@@ -175,7 +186,9 @@ def compare(expected: dict[str, dict[str, float]], run, qrels, *, digits: float 
 def test_trec_eval_all_measures():
     run, qrels = read_run(TREC / "results.test"), read_qrels(TREC / "qrels.test")
     assert {query: len(results) for query, results in run.items()} == {
-        "301": 500, "302": 500, "303": 500
+        "301": 500,
+        "302": 500,
+        "303": 500,
     }
     compare(trec_output("out.test.aq"), run, qrels)
     assert trec_output("out.test.a")["all"] == trec_output("out.test.aq")["all"]
@@ -257,8 +270,13 @@ def test_randomisation_test_is_level_and_seeded():
 
 @pytest.mark.parametrize(
     ("a", "b", "samples"),
-    [([1.0], [1.0, 2.0], 9), ([], [], 9), ([[1.0]], [[2.0]], 9), ([1.0], [2.0], 0),
-     ([math.nan], [1.0], 9)],
+    [
+        ([1.0], [1.0, 2.0], 9),
+        ([], [], 9),
+        ([[1.0]], [[2.0]], 9),
+        ([1.0], [2.0], 0),
+        ([math.nan], [1.0], 9),
+    ],
 )
 def test_randomisation_test_bad_input(a, b, samples):
     with pytest.raises(UserError, match="randomisation test"):

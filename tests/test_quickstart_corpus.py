@@ -85,12 +85,13 @@ def test_no_question_comes_twice(records):
 
 def test_no_test_question_is_nearly_one_of_train_or_dev(records):
     held_out = [
-        (frozenset(words(question)), question)
-        for record in records for question in record["test"]
+        (frozenset(words(question)), question) for record in records for question in record["test"]
     ]
     known = [
         (frozenset(words(question)), question)
-        for record in records for split in ("train", "dev") for question in record[split]
+        for record in records
+        for split in ("train", "dev")
+        for question in record[split]
     ]
     leaks = [(test, other) for a, test in held_out for b, other in known if near(a, b)]
     assert leaks == []
@@ -107,7 +108,9 @@ def test_questions_hardly_ever_name_their_object(records):
     # One that gives the name away asks for nothing. Names that are plain words may occur.
     named = sum(
         record["object"].rpartition(".")[2].lower() in words(question)
-        for record in records for split in SPLITS for question in record[split]
+        for record in records
+        for split in SPLITS
+        for question in record[split]
     )
     total = sum(len(record[split]) for record in records for split in SPLITS)
     assert named < 0.1 * total
@@ -146,7 +149,9 @@ def test_a_question_is_judged_for_its_object_alone(corpus, records):
         for query, judged in corpus.qrels[split].items():
             assert judged == {query.partition("/")[0]: 1}
         assert list(asked.values()) == [
-            question for record in records if record["object"] in corpus.index
+            question
+            for record in records
+            if record["object"] in corpus.index
             for question in record[split]
         ]
 

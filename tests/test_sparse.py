@@ -205,8 +205,12 @@ def test_bad_folders(tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"k1": -1}, "k1"), ({"k1": math.nan}, "k1"), ({"b": 1.1}, "b = 1.1"),
-     ({"method": "bm26"}, "lucene, robertson")],
+    [
+        ({"k1": -1}, "k1"),
+        ({"k1": math.nan}, "k1"),
+        ({"b": 1.1}, "b = 1.1"),
+        ({"method": "bm26"}, "lucene, robertson"),
+    ],
 )
 def test_bad_settings(options, message):
     with pytest.raises(UserError, match=message):

@@ -40,8 +40,14 @@ CONFIG = TrainConfig(
 @pytest.fixture(scope="module")
 def model():
     config = T5Config(
-        vocab_size=128, embed_dim=16, num_heads=2, head_dim=8, mlp_dim=32,
-        num_encoder_layers=1, num_decoder_layers=1, embedding_scale=0.1,
+        vocab_size=128,
+        embed_dim=16,
+        num_heads=2,
+        head_dim=8,
+        mlp_dim=32,
+        num_encoder_layers=1,
+        num_decoder_layers=1,
+        embedding_scale=0.1,
     )
     return RetrievalModel(config, DocidSpace(50, 12))
 

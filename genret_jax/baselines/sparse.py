@@ -121,9 +121,7 @@ class BM25:
         ids = [document.id for document in documents]
         return cls(engine, ids, _descending_order(ids), name=name)
 
-    def search(
-        self, queries: Sequence[str], *, k: int, progress: bool = False
-    ) -> list[list[Hit]]:
+    def search(self, queries: Sequence[str], *, k: int, progress: bool = False) -> list[list[Hit]]:
         """At most `k` documents a query that share a word with it, best first.
 
         Documents of equal score are ordered by id descending, as trec_eval does, so that the cut
@@ -147,8 +145,10 @@ class BM25:
           UserError: something else than a BM25 index is there, or the place cannot be written.
         """
         folder = Path(folder)
-        if folder.exists() and not (folder / _SETTINGS_FILE).exists() and (
-            not folder.is_dir() or any(folder.iterdir())
+        if (
+            folder.exists()
+            and not (folder / _SETTINGS_FILE).exists()
+            and (not folder.is_dir() or any(folder.iterdir()))
         ):
             raise UserError(f"{folder}: exists and is no BM25 index; give a new folder")
         try:
@@ -212,9 +212,7 @@ class BM25:
         ]
 
 
-def bm25_for(
-    corpus: Corpus, *, with_train_queries: bool, progress: bool = False
-) -> BM25:
+def bm25_for(corpus: Corpus, *, with_train_queries: bool, progress: bool = False) -> BM25:
     """BM25 over a corpus; with train queries, over what a generative retriever is trained on.
 
     Args:

@@ -168,9 +168,7 @@ class Batches:
         batches = self._cut(examples, rng)
         return [batches[i] for i in rng.permutation(len(batches))]
 
-    def _cut(
-        self, examples: np.ndarray, rng: np.random.Generator
-    ) -> list[tuple[np.ndarray, int]]:
+    def _cut(self, examples: np.ndarray, rng: np.random.Generator) -> list[tuple[np.ndarray, int]]:
         """Cuts a round into full batches, bucket by bucket; what is left over moves one up."""
         size, left, batches = self._batch_size, examples[:0], []
         bucket = np.array([self._bucket[i][j] for i, j in examples])

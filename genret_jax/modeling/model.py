@@ -71,7 +71,7 @@ class RetrievalModel:
                 [end, jax.lax.slice_in_dim(kernel, start, start + tokens, axis=1)], axis=1
             )
 
-        kernel = self.network.apply({"params": params}, block, method=T5.output_columns)
+        kernel: Any = self.network.apply({"params": params}, block, method=T5.output_columns)
         logits = jnp.dot(
             states, kernel.astype(self.config.dtype), preferred_element_type=jnp.float32
         )
@@ -81,7 +81,7 @@ class RetrievalModel:
         self, params: Params, batch: Batch, dropout_rng: Array | None = None
     ) -> Float[Array, "batch length docid_vocab"]:
         """Logits at every position of `decoder_input_tokens`; with dropout when given a key."""
-        states = self.network.apply(
+        states: Any = self.network.apply(
             {"params": params},
             batch["encoder_input_tokens"],
             batch["decoder_input_tokens"],
@@ -119,7 +119,7 @@ class RetrievalModel:
         encoder_tokens: Int[Array, "batch length"],
         docids: Int[Array, "batch docid_length"],
     ) -> Float[Array, " batch"]:
-        """log p of given docids (local ids, 0-padded), teacher-forced: what the beam must agree with."""
+        """log p of given docids (local ids, 0-padded), teacher-forced; a beam must agree."""
         inputs = jnp.pad(docids, ((0, 0), (1, 0)))[:, :-1]
         logits = self.teacher_forced(
             params,

@@ -22,7 +22,9 @@ from flax import struct
 from flax.linen import partitioning
 
 Array = jax.Array
-NEGATIVE = -1e10  # added to attention logits that must vanish; finite, so that bf16 rows stay NaN-free
+NEGATIVE = (
+    -1e10
+)  # added to attention logits that must vanish; finite, so that bf16 rows stay NaN-free
 
 
 @dataclasses.dataclass(frozen=True)

@@ -64,7 +64,7 @@ class Clock:
         self.seconds = seconds
         self.reserve = reserve
 
-    def resume(self, elapsed: float) -> None:
+    def resume(self, elapsed: float | np.floating) -> None:
         """Counts the time that earlier sessions of this run have used."""
         self._before = float(elapsed)
 

@@ -1,6 +1,6 @@
 """The training loop: a page that reads from top to bottom.
 
-    restore or initialise -> compile -> [step, log, plan, evaluate, checkpoint] ... -> best params
+restore or initialise -> compile -> [step, log, plan, evaluate, checkpoint] ... -> best params
 """
 
 from __future__ import annotations
@@ -279,13 +279,13 @@ def _saved(state: TrainState, plan: Plan) -> dict[str, Any]:
 
 def _restore(checkpoints: Checkpoints, like: TrainState) -> tuple[TrainState, Plan]:
     restored = checkpoints.restore(_saved(like, Plan()))
-    counters = {k: np.asarray(v)[()] for k, v in restored["plan"].items()}
+    counters = {k: v.item() for k, v in restored["plan"].items()}
     state = restored["state"]
     plan = Plan(
         step=int(state.step),
-        total=int(counters["total"]),
-        progress=counters["progress"],
-        elapsed=counters["elapsed"],
-        best=counters["best"],
+        total=counters["total"],
+        progress=np.float32(counters["progress"]),
+        elapsed=np.float32(counters["elapsed"]),
+        best=np.float32(counters["best"]),
     )
     return state, plan

@@ -1,0 +1,255 @@
+"""The main job from end to end, through the command line and from Python, on a tiny collection."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import FAST, tiny_corpus
+
+from genret_jax import Retriever, UserError
+from genret_jax.cli import main
+from genret_jax.corpus import read_run, write_corpus
+from genret_jax.evaluation import evaluate
+from genret_jax.fit import split_corpus
+from genret_jax.indexing import Index
+from genret_jax.recipe import DataConfig, load_recipe, methods
+
+OPTIONS = [part for binding in FAST for part in ("--gin", binding)]
+
+
+@pytest.fixture(scope="module")
+def collection(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "tiny"
+    write_corpus(tiny_corpus(), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(collection, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "tiny"
+    assert main(["fit", str(collection), "--out", str(out), *OPTIONS]) == 0
+    return out
+
+
+def _json(capsys):
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1, "one JSON object and nothing else on stdout"
+    return json.loads(out)
+
+
+def test_the_run_folder_is_whole(run):
+    names = {p.name for p in (run / "retriever").iterdir()}
+    assert names == {
+        "README.md",
+        "docids",
+        "documents.jsonl",
+        "documents.offsets.npy",
+        "index.json",
+        "metrics.json",
+        "model.safetensors",
+        "retriever.json",
+        "spiece.model",
+        "trie",
+        "vocabulary.json",
+    }
+    assert (run / "curves.png").stat().st_size > 1000
+    card = (run / "retriever" / "README.md").read_text()
+    assert "documents: 8; train pairs: 40" in card and "hits@1" in card
+    assert not list(run.glob(".*")), "no temporary folders are left"
+
+
+def test_search(run, capsys):
+    assert main(["search", str(run), "repair lifts", "-k", "3", "--json"]) == 0
+    found = _json(capsys)
+    assert found["query"] == "repair lifts" and len(found["hits"]) == 3
+    scores = [hit["score"] for hit in found["hits"]]
+    assert scores == sorted(scores, reverse=True) and max(scores) <= 0
+    assert [hit["rank"] for hit in found["hits"]] == [1, 2, 3]
+    assert {hit["title"] for hit in found["hits"]} < {d.title for d in tiny_corpus().documents}
+    assert main(["search", str(run), "repair lifts", "-k", "3"]) == 0
+    assert found["hits"][0]["title"] in capsys.readouterr().out.splitlines()[0]
+
+
+def test_scores_are_teacher_forced_log_probabilities(run):
+    retriever = Retriever.load(run)
+    hits = retriever.search("bread from an oven", k=8)
+    assert len(hits) == 8, "a beam of 100 reaches every one of 8 documents"
+    ranker, table = retriever.ranker, retriever.index.table
+    tokens = ranker.vocabulary.encode_batch(["bread from an oven"], ranker.input_length)
+    for hit in hits:
+        position = next(i for i, d in enumerate(tiny_corpus().documents) if d.id == hit.document)
+        row = table.tokens[list(table.documents).index(position)]
+        score = ranker.model.score(retriever.params, jnp.asarray(tokens), jnp.asarray(row)[None])
+        assert float(score[0]) == pytest.approx(hit.score, abs=1e-4)
+
+
+def test_evaluate(run, collection, capsys, tmp_path):
+    trec = tmp_path / "out.trec"
+    options = ["--split", "test", "--baseline", "bm25", "--baseline", "bm25+q", "--json"]
+    assert main(["evaluate", str(run), *options, "--run-file", str(trec)]) == 0
+    methods_found = _json(capsys)["methods"]
+    assert list(methods_found) == ["dsi", "bm25", "bm25+q"]
+    for values in methods_found.values():
+        assert set(values) == {
+            "hits@1",
+            "hits@10",
+            "mrr@10",
+            "ndcg@10",
+            "recall@100",
+            "queries",
+            "queries_per_second",
+        }
+        assert values["queries"] == 8 and 0 <= values["hits@1"] <= values["hits@10"] <= 1
+    again = evaluate(read_run(trec), tiny_corpus().qrels["test"])
+    for name, value in again.items():
+        assert methods_found["dsi"][name] == pytest.approx(value), "the written run scores the same"
+    assert (run / "retriever" / "comparison-test.png").exists()
+    assert "bm25" in (run / "retriever" / "comparison-test.md").read_text()
+
+
+def test_info_and_index(run, collection, capsys, tmp_path):
+    assert main(["info", str(run), "--json"]) == 0
+    about = _json(capsys)
+    assert about["method"] == "dsi" and about["bytes"]["model.safetensors"] > 1000
+    out = tmp_path / "keywords"
+    arguments = ["index", str(collection), "--docids", "keywords", "--out", str(out), "--json"]
+    assert main([*arguments, "--gin", "VocabularyConfig.size = 200"]) == 0
+    report = _json(capsys)
+    assert report["report"]["unique_ids"] == 8 and report["docids"]["kind"] == "keywords"
+    assert Index.load(out / "index").trie.report() == report["report"]["trie"]
+    assert main(["info", str(out)]) == 0
+    assert "keywords" in capsys.readouterr().out
+
+
+def test_a_finished_run_is_not_trained_again(run, collection, capsys):
+    weights = run / "retriever" / "model.safetensors"
+    before = weights.stat().st_mtime_ns
+    assert main(["fit", str(collection), "--out", str(run), *OPTIONS]) == 0
+    assert weights.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("kind", ["keywords", "title", "atomic", "naive", "pq", "rq"])
+def test_every_kind_of_docid_is_trained_and_searched(kind, tmp_path):
+    retriever = Retriever.fit(
+        tiny_corpus(),
+        out=tmp_path,
+        bindings=[
+            *FAST,
+            "TrainConfig.steps = 2",
+            "TrainConfig.evaluations = 1",
+            f"DocidConfig.kind = '{kind}'",
+        ],
+    )
+    hits = retriever.search("honey and wax", k=8)
+    assert len({hit.document for hit in hits}) == 8 and all(hit.docid for hit in hits)
+
+
+def test_documents_without_queries_are_enough(tmp_path, capsys):
+    path = tmp_path / "corpus.jsonl"
+    path.write_text(
+        "".join(
+            json.dumps({"_id": d.id, "title": d.title, "text": d.text}) + "\n"
+            for d in tiny_corpus().documents
+        )
+    )
+    assert main(["fit", str(path), "--out", str(tmp_path / "run"), *OPTIONS]) == 0
+    assert "no train queries" in capsys.readouterr().err
+    assert len(Retriever.load(tmp_path / "run").search("honey", k=2)) == 2
+
+
+def test_saved_elsewhere_and_loaded_it_searches_the_same(run, tmp_path):
+    retriever = Retriever.load(run)
+    retriever.save(tmp_path / "copy")
+    shutil.move(tmp_path / "copy", tmp_path / "moved")
+    a, b = (
+        r.search(["honey", "dough"], k=4) for r in (retriever, Retriever.load(tmp_path / "moved"))
+    )
+    assert a == b
+
+
+def test_search_needs_no_tensorflow(run):
+    code = (
+        "import sys; from genret_jax.cli import main; "
+        f"assert main(['search', {str(run)!r}, 'bees']) == 0; "
+        "found = {'tensorflow', 'seqio', 'sklearn', 'matplotlib'} & set(sys.modules); "
+        "assert not found, found"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["search", "{none}", "bees"], "no such folder"),
+        (["search", "{run}", "  "], "is empty; write some words"),
+        (["search", "{run}", "bees", "-k", "0"], "k and beam must be at least 1"),
+        (["search", "{foreign}", "bees"], "not a retriever"),
+        (["search", "{unfinished}", "bees"], "run the same `genret fit` again"),
+        (["evaluate", "{run}", "--split", "tset"], "tset"),
+        (["evaluate", "{run}", "--baseline", "bm52"], "choose one of bm25, bm25+q"),
+        (["fit", "{none}", "--out", "{new}"], "none"),
+        (["fit", "{data}", "--out", "{new}", "--method", "dis"], "choose one of"),
+        (["fit", "{data}", "--out", "{new}", "--docids", "numbers"], "keywords"),
+        (["fit", "{data}", "--out", "{new}", "--gin", "TrainConfig.stpes = 3"], "stpes"),
+        (["fit", "{data}", "--out", "{new}", "--minutes", "-1"], "above 0"),
+        (["fit", "{data}", "--out", "{run}"], "another recipe or corpus"),
+        (["fit", "{data}", "--out", "{foreign}"], "not a run of genret_jax"),
+        (["info", "{foreign}"], "not a retriever"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_2(arguments, message, run, collection, tmp_path, capsys):
+    places = {n: tmp_path / n for n in ("none", "new", "foreign", "unfinished")}
+    places["foreign"].mkdir()
+    (places["foreign"] / "thesis.tex").write_text("mine")
+    (places["unfinished"] / "training").mkdir(parents=True)
+    places |= {"run": run, "data": collection}
+    filled = [a.format(**places) if a.startswith("{") else a for a in arguments]
+    assert main(filled) == 2
+    captured = capsys.readouterr()
+    last = captured.err.splitlines()[-1]
+    assert last.startswith("genret: ") and message in last and "Traceback" not in captured.err
+    assert not captured.out
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "trie/rows.npy", "index.json", "docids"])
+def test_an_incomplete_retriever_is_one_line(name, run, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(run / "retriever", broken)
+    path = broken / name
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with pytest.raises(UserError) as error:
+        Retriever.load(broken)
+    assert "\n" not in str(error.value) and "broken" in str(error.value)
+
+
+def test_held_out_dev_shares_no_question_with_train():
+    corpus = tiny_corpus()
+    del corpus.qrels["dev"]
+    split = split_corpus(corpus, DataConfig(held_out=0.2), seed=0)
+    assert len(split.dev_queries) == 8 and len(split.pairs) == 32
+    assert not set(split.dev_queries.values()) & {query for query, _ in split.pairs}
+
+
+def test_recipes_load_and_later_bindings_win():
+    for method in methods():
+        recipe = load_recipe(method, size="base", bindings=["TrainConfig.steps = 7"])
+        assert recipe.network.embed_dim == 768 and recipe.train.steps == 7
+        assert recipe.method == method
+    with pytest.raises(UserError, match="no such gin file"):
+        load_recipe("dsi", gin_files=["missing.gin"])
+
+
+def test_python_names_are_the_documented_ones():
+    import genret_jax
+
+    for name in genret_jax.__all__:
+        assert getattr(genret_jax, name) is not None
+    with pytest.raises(AttributeError):
+        genret_jax.nothing  # noqa: B018
+    assert np.isfinite(1.0)
