@@ -107,7 +107,9 @@ def constrained_beam_search(
             beams.position > 0, beams.tokens[:, :, jnp.maximum(beams.position - 1, 0)], 0
         )
         logits, cache = step_fn(last, beams.position, beams.cache)
-        return _extend(dataclasses.replace(beams, cache=cache), logits, trie, beam, slots, normaliser)
+        return _extend(
+            dataclasses.replace(beams, cache=cache), logits, trie, beam, slots, normaliser
+        )
 
     beams = grow(_root(cache, batch, trie.max_length), trie.root_width)
     slots = trie.candidates(beam)
