@@ -109,7 +109,7 @@ class Retriever:
         )
 
     @overload
-    def search(  # type: ignore[overload-overlap]  (a str is a sequence of str, too)
+    def search(  # type: ignore[overload-overlap]
         self, queries: str, *, k: int = ..., beam: int = ...
     ) -> list[RetrievedDocument]: ...
     @overload
