@@ -223,9 +223,10 @@ class _Loop:
             )
         seconds = (time.monotonic() - self._since) / len(self._pending)
         evaluations = self._config.evaluations * (1 - float(plan.progress)) + 0.5
-        self._clock.plan(
-            plan, step_seconds=seconds, other_seconds=evaluations * self._evaluation_seconds
-        )
+        if not plan.done:
+            self._clock.plan(
+                plan, step_seconds=seconds, other_seconds=evaluations * self._evaluation_seconds
+            )
         bar.total = plan.total or None
         bar.set_postfix(loss=f"{means['loss']:.3f}", refresh=False)
         speed = {
