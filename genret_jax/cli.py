@@ -46,6 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of stdout has gone, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        print(f"genret: {place}{error.strerror or error}", file=sys.stderr)
+        return 2
     return 0
 
 
@@ -108,15 +112,24 @@ def evaluate(arguments: argparse.Namespace) -> None:
     searchers: dict[str, Any] = {retriever.name: _WithBeam(retriever, arguments.beam)}
     searchers |= {name: baseline(name, corpus) for name in arguments.baseline}
     comparison = compare(searchers, corpus, split=arguments.split)
-    if arguments.run_file:
-        write_run(comparison.runs[retriever.name], arguments.run_file, tag=retriever.name)
     folder = find_retriever(Path(arguments.run_folder))
     paths = comparison.write(folder)
+    _add_metrics(folder / "metrics.json", arguments.split, comparison.methods[retriever.name])
     _print(
         arguments,
         comparison.to_dict(),
         f"{comparison.table()}\n\nwritten: {', '.join(map(str, paths))}",
     )
+    if arguments.run_file:
+        write_run(comparison.runs[retriever.name], arguments.run_file, tag=retriever.name)
+
+
+def _add_metrics(path: Path, split: str, values: dict[str, float]) -> None:
+    from genret_jax.files import replace_on_success
+
+    metrics = {**json.loads(path.read_text()), split: values}
+    with replace_on_success(path) as temporary:
+        temporary.write_text(json.dumps(metrics, indent=1))
 
 
 class _WithBeam:
@@ -141,12 +154,13 @@ class _WithBeam:
 def index(arguments: argparse.Namespace) -> None:
     from genret_jax.corpus import read_corpus
     from genret_jax.indexing import build_index
+    from genret_jax.splitting import split_corpus
 
     recipe = _recipe(arguments)
     corpus = read_corpus(arguments.corpus)
     for warning in corpus.warnings:
         log.warning("%s", warning)
-    pairs = corpus.pairs("train") if "train" in corpus.splits else []
+    pairs = split_corpus(corpus, recipe.data, seed=recipe.train.seed).pairs
     made = build_index(
         corpus,
         Path(arguments.out) / "index",
@@ -193,9 +207,10 @@ def quickstart(arguments: argparse.Namespace) -> None:
 def _recipe(arguments: argparse.Namespace) -> Recipe:
     from genret_jax.recipe import load_recipe
 
-    bindings = list(arguments.gin)
+    bindings = []
     if arguments.docids:
-        bindings += [f"DocidConfig.kind = {arguments.docids!r}", "DocidConfig.settings = {}"]
+        bindings = [f"DocidConfig.kind = {arguments.docids!r}", "DocidConfig.settings = {}"]
+    bindings += arguments.gin
     return load_recipe(
         arguments.method, size=arguments.size, gin_files=arguments.gin_file, bindings=bindings
     )
@@ -204,18 +219,27 @@ def _recipe(arguments: argparse.Namespace) -> Recipe:
 def _corpus_of(retriever: Retriever, given: str | None) -> Corpus:
     """The corpus with queries and judgements that a retriever was made from."""
     from genret_jax.corpus import read_corpus
-    from genret_jax.quickstart import standard_library_corpus
+    from genret_jax.indexing import documents_digest
+    from genret_jax.quickstart import EMBEDDED, standard_library_corpus
 
     about = retriever.about["corpus"]
-    if not given and about["name"] == standard_library_corpus().name:
-        return standard_library_corpus()
     path = given or about["path"]
+    if not path and about["name"] == EMBEDDED:
+        return standard_library_corpus()
     if not path or not Path(path).exists():
         raise UserError(
             f"the corpus of this retriever is not at {path or 'a known place'}; "
             "give --corpus FOLDER"
         )
-    return read_corpus(path)
+    corpus = read_corpus(path)
+    for warning in corpus.warnings:
+        log.warning("%s", warning)
+    if documents_digest(corpus.documents) != retriever.index.about["documents_digest"]:
+        raise UserError(
+            f"{path}: its documents are not those that the retriever was made from; "
+            "give the same corpus, or fit again"
+        )
+    return corpus
 
 
 def _lines_of(value: dict[str, Any], indent: str = "") -> str:

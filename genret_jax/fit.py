@@ -14,15 +14,13 @@ import hashlib
 import json
 import logging
 import shutil
-import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from genret_jax.corpus import Corpus, Qrels, read_corpus
+from genret_jax.corpus import Corpus, read_corpus
 from genret_jax.data.batches import Batches, length_buckets, materialise
 from genret_jax.data.examples import TrainingExamples, make_examples
 from genret_jax.data.tasks import register
@@ -30,11 +28,12 @@ from genret_jax.data.vocabulary import SeqioVocabulary
 from genret_jax.errors import UserError
 from genret_jax.evaluation import evaluate
 from genret_jax.files import replace_on_success
-from genret_jax.indexing import Index, build_index
+from genret_jax.indexing import Index, build_index, documents_digest
 from genret_jax.modeling.model import Params, RetrievalModel
 from genret_jax.ranking import Ranker
-from genret_jax.recipe import DataConfig, Recipe
+from genret_jax.recipe import Recipe
 from genret_jax.retriever import Retriever, find_retriever, write_retriever
+from genret_jax.splitting import Split, split_corpus
 from genret_jax.training.budget import Clock
 from genret_jax.training.trainer import Evaluate, TrainResult, train
 
@@ -42,21 +41,8 @@ log = logging.getLogger(__name__)
 DEV_BEAM = 10
 _DEV_METRICS = ("hits@1", "hits@10", "mrr@10")
 _RESERVE_SECONDS = 5.0  # for writing the retriever
+_MOST_PIECES = 400_000  # of documents, read before training begins: two minutes of a CPU
 _TASKS = "genret"
-
-
-@dataclasses.dataclass(frozen=True)
-class Split:
-    """What is trained on and what chooses the best parameters.
-
-    Attributes:
-      pairs: train (query, position of a relevant document).
-      dev_queries: id -> text; dev_qrels: their judgements. Empty where a corpus has no queries.
-    """
-
-    pairs: list[tuple[str, int]]
-    dev_queries: dict[str, str]
-    dev_qrels: Qrels
 
 
 def fit(
@@ -86,15 +72,19 @@ def fit(
     """
     if minutes is not None and minutes <= 0:
         raise UserError(f"minutes must be above 0, found {minutes}")
-    began = time.monotonic()
+    if jax.process_count() > 1:
+        raise UserError(
+            f"{jax.process_count()} processes were started, but `genret fit` runs in one; "
+            "start it once, with all devices of the machine"
+        )
     clock = Clock(minutes * 60 if minutes else None, started=started, reserve=_RESERVE_SECONDS)
     out = Path(out)
     path, corpus = _read(corpus)
-    _claim(out, recipe, corpus)
+    split = split_corpus(corpus, recipe.data, seed=recipe.train.seed)
+    _claim(out, recipe, corpus, split)
     if (out / "retriever" / "retriever.json").is_file():
         log.info("%s: already fitted", out)
         return Retriever.load(out)
-    split = split_corpus(corpus, recipe.data, seed=recipe.train.seed)
     log.info("indexing %d documents as %s docids", len(corpus.documents), recipe.docids.kind)
     index = build_index(
         corpus,
@@ -123,62 +113,39 @@ def fit(
         _batches(examples, index, recipe, length),
         config=recipe.train,
         folder=out / "training",
-        evaluate=_dev_evaluation(ranker, split),
+        evaluate=_dev_evaluation(ranker, split, recipe.train.metric),
         clock=clock,
     )
     about = _about(recipe, corpus, path, index, model, split, result, length)
-    about["training"]["seconds"] = round(time.monotonic() - began, 1)
+    about["training"]["seconds"] = round(clock.elapsed, 1)
     write_retriever(result.params, about, index_folder=out / "index", folder=out / "retriever")
     if (out / "training" / "curves.png").exists():
         shutil.copyfile(out / "training" / "curves.png", out / "curves.png")
     return Retriever.load(find_retriever(out))
 
 
-def split_corpus(corpus: Corpus, config: DataConfig, *, seed: int) -> Split:
-    """The train pairs, and a dev set: the corpus's own, or train queries held out of training."""
-    train = corpus.pairs("train") if "train" in corpus.splits else []
-    if not train:
-        log.warning("%s has no train queries: learning from the documents alone", corpus.name)
-    rng = np.random.default_rng([seed, 11])
-    if "dev" in corpus.splits:
-        queries = corpus.split_queries("dev")
-        chosen = _sample(list(queries), config.dev_queries, rng)
-        qrels = corpus.qrels["dev"]
-        return Split(train, {q: queries[q] for q in chosen}, {q: qrels[q] for q in chosen})
-    if not train or not config.held_out:
-        return Split(train, {}, {})
-    queries = corpus.split_queries("train")
-    count = min(config.dev_queries, max(1, int(len(queries) * config.held_out)))
-    chosen = _sample(list(queries), count, rng)
-    held = {queries[q] for q in chosen}  # by text, so that no copy of a question stays in train
-    log.info("no dev split: %d of %d train queries are held out", len(chosen), len(queries))
-    return Split(
-        [(query, position) for query, position in train if query not in held],
-        {q: queries[q] for q in chosen},
-        {q: corpus.qrels["train"][q] for q in chosen},
-    )
-
-
-def _sample(names: Sequence[str], count: int, rng: np.random.Generator) -> list[str]:
-    if len(names) <= count:
-        return list(names)
-    return [names[i] for i in sorted(rng.choice(len(names), count, replace=False))]
-
-
 def _batches(examples: TrainingExamples, index: Index, recipe: Recipe, length: int) -> Batches:
     data, train_config = recipe.data, recipe.train
+    documents = len(examples.document_rows)
+    share = data.indexing_share
+    if share < 0:
+        share = min(0.7, max(0.3, 8 / (8 + len(examples.queries) / documents)))
+    log.info("%d train pairs; %.0f %% indexing examples", len(examples.queries), 100 * share)
     register(
         _TASKS,
         examples,
         SeqioVocabulary(index.vocabulary),
-        indexing_share=data.indexing_share,
+        indexing_share=share,
         title_share=data.title_share,
         word_dropout=data.word_dropout,
     )
     pools = materialise(
         _TASKS,
         lengths={"inputs": length, "targets": index.trie.max_length},
-        passes={"indexing": data.indexing_passes, "retrieval": 4 if data.word_dropout else 1},
+        passes={
+            "indexing": max(1, min(data.indexing_passes, _MOST_PIECES // documents)),
+            "retrieval": 4 if data.word_dropout else 1,
+        },
         seed=train_config.seed,
     )
     used = np.concatenate([(p.arrays["encoder_input_tokens"] > 0).sum(1) for p in pools])
@@ -191,10 +158,11 @@ def _batches(examples: TrainingExamples, index: Index, recipe: Recipe, length: i
     )
 
 
-def _dev_evaluation(ranker: Ranker, split: Split) -> Evaluate | None:
+def _dev_evaluation(ranker: Ranker, split: Split, metric: str) -> Evaluate | None:
     if not split.dev_queries:
         return None
     names, texts = list(split.dev_queries), list(split.dev_queries.values())
+    metrics = tuple(dict.fromkeys((*_DEV_METRICS, metric)))
 
     def run(params: Params) -> dict[str, float]:
         ranked = ranker.rank(params, texts, k=10, beam=DEV_BEAM)
@@ -202,7 +170,7 @@ def _dev_evaluation(ranker: Ranker, split: Split) -> Evaluate | None:
             name: {ranker.document_id(r.position): r.score for r in hits}
             for name, hits in zip(names, ranked, strict=True)
         }
-        return evaluate(scores, split.dev_qrels, _DEV_METRICS)
+        return evaluate(scores, split.dev_qrels, metrics)
 
     return run
 
@@ -216,22 +184,23 @@ def _read(corpus: str | Path | Corpus) -> tuple[str, Corpus]:
     return str(Path(corpus).resolve()), read
 
 
-def _claim(out: Path, recipe: Recipe, corpus: Corpus) -> None:
+def _claim(out: Path, recipe: Recipe, corpus: Corpus, split: Split) -> None:
     """Marks the folder as this run's, or finds that it is.
 
     A time budget is not part of a run's identity: it may be raised when it goes on.
     """
-    identity = json.dumps([recipe.to_dict(), corpus.name, len(corpus.documents)], sort_keys=True)
-    digest = hashlib.sha256(identity.encode()).hexdigest()
+    content = [recipe.to_dict(), documents_digest(corpus.documents), split.pairs, split.dev_qrels]
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     mark = out / "run.json"
-    if mark.is_file():
+    begun = any((out / name).exists() for name in ("index", "training", "retriever"))
+    if mark.is_file() and begun:
         if json.loads(mark.read_text()).get("run") != digest:
             raise UserError(
                 f"{out}: holds a run of another recipe or corpus; choose another --out, "
                 "or delete the folder"
             )
         return
-    if out.exists() and any(out.iterdir()) and not (out / "index").exists():
+    if out.is_dir() and not begun and any(p != mark for p in out.iterdir()):
         raise UserError(f"{out}: exists and is not a run of genret_jax; choose another --out")
     with replace_on_success(mark) as temporary:
         temporary.write_text(json.dumps({"run": digest, "recipe": recipe.to_dict()}, indent=1))

@@ -113,7 +113,8 @@ def build_index(
         return index
     began = time.monotonic()
     texts = [f"{d.title}. {d.text}" if d.title else d.text for d in corpus.documents]
-    text_model = _text_model(vocabulary, [*texts, *(query for query, _ in pairs)])
+    # Queries first: SentencePiece reads a bounded number of lines.
+    text_model = _text_model(vocabulary, [*(query for query, _ in pairs), *texts])
     words = Vocabulary(text_model, docid_size=2)
     if docids.with_queries:
         for query, position in pairs:
@@ -131,6 +132,7 @@ def build_index(
         "format": FORMAT,
         "fingerprint": fingerprint,
         "corpus": corpus.name,
+        "documents_digest": documents_digest(corpus.documents),
         "documents": len(corpus.documents),
         "docids": {"kind": table.kind, "settings": dict(table.settings)},
         "report": {**table.report(), "trie": trie.report()},
@@ -153,6 +155,14 @@ def _text_model(config: VocabularyConfig, texts: Sequence[str]) -> bytes:
     return train_text_model(texts, size=config.size, casefold=config.casefold)
 
 
+def documents_digest(documents: Sequence[Document]) -> str:
+    """SHA-256 of ids, titles and texts: whether a corpus is the one an index was made from."""
+    digest = hashlib.sha256()
+    for document in documents:
+        digest.update(f"{document.id}\0{document.title}\0{document.text}\1".encode())
+    return digest.hexdigest()
+
+
 def _fingerprint(
     documents: Sequence[Document],
     pairs: Sequence[tuple[str, int]],
@@ -162,8 +172,7 @@ def _fingerprint(
 ) -> str:
     settings = [dataclasses.asdict(docids), dataclasses.asdict(vocabulary), seed]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for document in documents:
-        digest.update(f"{document.id}\0{document.title}\0{document.text}\1".encode())
+    digest.update(documents_digest(documents).encode())
     for query, position in pairs:
         digest.update(f"{query}\0{position}\1".encode())
     return digest.hexdigest()

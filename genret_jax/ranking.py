@@ -82,14 +82,16 @@ class Ranker:
         return ranked
 
     def _documents(self, rows: np.ndarray, scores: np.ndarray, k: int) -> list[Ranked]:
-        found: list[Ranked] = []
+        # Rows come best first, so a document with several identifiers keeps its best one.
+        best: dict[int, Ranked] = {}
+        last = 0.0
         for row, score in zip(rows.tolist(), scores.tolist(), strict=True):
-            if row < 0 or (len(found) >= k and score < found[k - 1].score):
+            if row < 0 or (len(best) >= k and score < last):
                 break
-            found += [Ranked(int(d), score, row) for d in self.trie.documents(row)]
-        # A stable sort by id and then by score puts equal scores in descending order of id. A
-        # document with several identifiers keeps its best one.
-        found.sort(key=lambda r: self.document_id(r.position), reverse=True)
+            last = score
+            for position in self.trie.documents(row).tolist():
+                best.setdefault(position, Ranked(position, score, row))
+        # A stable sort by id and then by score puts equal scores in descending order of id.
+        found = sorted(best.values(), key=lambda r: self.document_id(r.position), reverse=True)
         found.sort(key=lambda r: r.score, reverse=True)
-        best = list({r.position: r for r in reversed(found)}.values())[::-1]
-        return best[:k]
+        return found[:k]

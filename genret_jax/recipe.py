@@ -50,7 +50,7 @@ class DocidConfig:
         train queries.
     """
 
-    kind: str = "hierarchical"
+    kind: str = "keywords"
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
     with_queries: bool = True
 
@@ -75,14 +75,17 @@ class DataConfig:
     """Training data.
 
     Attributes:
-      indexing_share, title_share, word_dropout: see `genret_jax.data.tasks.register`.
-      indexing_passes: pieces drawn of each document, for the whole training.
+      indexing_share: share of indexing examples; below 0, the number p of train pairs a document
+        decides: 8 / (8 + p), but between 0.3 and 0.7, because few queries a document are soon
+        learnt by heart and pieces of the text are what is left to learn from.
+      title_share, word_dropout: see `genret_jax.data.tasks.register`.
+      indexing_passes: pieces drawn of each document, for the whole training, at most.
       input_length: encoder tokens; 0 lets the train queries decide (99 % of them fit).
       dev_queries: queries of an evaluation during training, at most.
       held_out: share of the train queries that are held out as dev in a corpus without dev split.
     """
 
-    indexing_share: float = 0.3
+    indexing_share: float = -1.0
     title_share: float = 0.3
     word_dropout: float = 0.0
     indexing_passes: int = 8

@@ -4,7 +4,7 @@ retriever/
   retriever.json      what it is: method, network, recipe, corpus, dev metrics
   index.json, spiece.model, vocabulary.json, docids/, trie/, documents.*   the index
   model.safetensors   weights
-  metrics.json        dev metrics, and test metrics once `genret evaluate` has run
+  metrics.json        dev metrics, and those of every split that was evaluated
   README.md           model card
 """
 
@@ -131,17 +131,28 @@ class Retriever:
           stand in descending order of id.
 
         Raises:
-          UserError: for an empty query, or k or beam below 1.
+          UserError: for k or beam below 1, a query that is no UTF-8, or a single query that is
+            empty; among several queries an empty one has no hits.
         """
         if isinstance(queries, str):
+            if not queries.strip():
+                raise UserError("the query is empty; write some words")
             return self.search([queries], k=k, beam=beam)[0]
         if k < 1 or beam < 1:
             raise UserError(f"k and beam must be at least 1, found k={k} and beam={beam}")
-        for number, query in enumerate(queries, 1):
-            if not query.strip():
-                raise UserError(f"query {number} of {len(queries)} is empty; write some words")
-        ranked = self.ranker.rank(self.params, queries, k=k, beam=max(beam, k))
-        return [[self._hit(r, rank) for rank, r in enumerate(hits, 1)] for hits in ranked]
+        for query in queries:
+            try:
+                query.encode()
+            except UnicodeEncodeError as error:
+                raise UserError(f"the query {query!r} is not UTF-8 ({error.reason})") from None
+        # A query without words has no answer, as with BM25; the others are asked together.
+        asked = [query for query in queries if query.strip()]
+        beam = min(max(beam, k), len(self.index.trie.rows))
+        ranked = iter(self.ranker.rank(self.params, asked, k=k, beam=beam))
+        return [
+            [self._hit(r, rank) for rank, r in enumerate(next(ranked), 1)] if query.strip() else []
+            for query in queries
+        ]
 
     def _hit(self, ranked: Any, rank: int) -> RetrievedDocument:
         document = self.index.documents[ranked.position]
@@ -169,6 +180,14 @@ class Retriever:
         folder = find_retriever(Path(folder))
         about = read_json(folder / "retriever.json", what="retriever")
         index = Index.load(folder)
+        try:
+            T5Config(**about["network"])
+            _ = int(about["input_length"]), about["method"], about["corpus"]["path"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{folder / 'retriever.json'}: damaged, or of another version ({error!r}); "
+                "run `genret fit` again"
+            ) from None
         params = jax.tree.map(jax.numpy.asarray, load_weights(folder / "model.safetensors"))
         return cls(index=index, params=params, about=about, folder=folder)
 

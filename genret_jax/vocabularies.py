@@ -157,7 +157,8 @@ def train_text_model(texts: Iterable[str], *, size: int = 8000, casefold: bool =
 
     Args:
       texts: documents and train queries; never dev or test queries.
-      size: pieces at most; a small corpus gets fewer.
+      size: pieces at most; a small corpus gets fewer, and one of many different characters
+        (Chinese, say) gets a piece for each and some more.
       casefold: lower-case everything, which a model trained from scratch is better for.
 
     Returns:
@@ -166,6 +167,11 @@ def train_text_model(texts: Iterable[str], *, size: int = 8000, casefold: bool =
     Raises:
       UserError: when there is no text, or `size` is below its number of characters.
     """
+    texts = list(texts)
+    characters: set[str] = set()
+    for text in texts:
+        characters.update(text)
+    size = max(size, len(characters) + 300) if len(characters) > size - 100 else size
     rule = "nmt_nfkc_cf" if casefold else "nmt_nfkc"
     # SentencePiece drops lines over 4,192 bytes, so long texts are given in pieces.
     lines = (line for text in texts for line in _lines(text))

@@ -10,4 +10,4 @@ fi
 corpus=$1 run=$2
 shift 2
 mkdir -p "$(dirname "$run")"
-genret fit "$corpus" --out "$run" "$@" 2>&1 | tee -a "$run.log"
+genret fit "$corpus" --out "$run" "$@" 2>&1 | tee -ia "$run.log"

@@ -18,9 +18,9 @@ from genret_jax.corpus import read_corpus
 from genret_jax.data.examples import make_examples
 from genret_jax.data.tasks import register
 from genret_jax.data.vocabulary import SeqioVocabulary
-from genret_jax.fit import split_corpus
 from genret_jax.indexing import Index
 from genret_jax.recipe import DataConfig
+from genret_jax.splitting import split_corpus
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +55,7 @@ def register_folder(
         name,
         examples,
         SeqioVocabulary(index.vocabulary),
-        indexing_share=data.indexing_share,
+        indexing_share=data.indexing_share if data.indexing_share >= 0 else 0.3,
         title_share=data.title_share,
         word_dropout=data.word_dropout,
     )

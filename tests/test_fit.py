@@ -16,9 +16,9 @@ from genret_jax import Retriever, UserError
 from genret_jax.cli import main
 from genret_jax.corpus import read_run, write_corpus
 from genret_jax.evaluation import evaluate
-from genret_jax.fit import split_corpus
 from genret_jax.indexing import Index
 from genret_jax.recipe import DataConfig, load_recipe, methods
+from genret_jax.splitting import split_corpus
 
 OPTIONS = [part for binding in FAST for part in ("--gin", binding)]
 

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import seqio
 import tensorflow as tf
+from tqdm import tqdm
 
 Arrays = dict[str, np.ndarray]
 
@@ -72,7 +73,9 @@ def materialise(
             seed=seed,
             verbose=False,
         )
-        chunks = list(dataset.batch(4096).prefetch(tf.data.AUTOTUNE).as_numpy_iterator())
+        reader = dataset.batch(1024).prefetch(tf.data.AUTOTUNE).as_numpy_iterator()
+        name = f"reading {task.name}"
+        chunks = list(tqdm(reader, desc=name, unit_scale=1024, unit="example", disable=None))
         arrays = {k: _model_dtype(np.concatenate([c[k] for c in chunks])) for k in chunks[0]}
         rate = provider.get_rate(task) if isinstance(provider, seqio.Mixture) else 1.0
         pools.append(Pool(arrays, rate))
@@ -171,7 +174,10 @@ class Batches:
     def _cut(self, examples: np.ndarray, rng: np.random.Generator) -> list[tuple[np.ndarray, int]]:
         """Cuts a round into full batches, bucket by bucket; what is left over moves one up."""
         size, left, batches = self._batch_size, examples[:0], []
-        bucket = np.array([self._bucket[i][j] for i, j in examples])
+        bucket = np.empty(len(examples), np.int64)
+        for i, of_pool in enumerate(self._bucket):
+            here = examples[:, 0] == i
+            bucket[here] = of_pool[examples[here, 1]]
         for b, length in enumerate(self._buckets):
             here = np.concatenate([left, examples[bucket == b]])
             full = len(here) // size * size

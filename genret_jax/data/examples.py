@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -30,6 +30,16 @@ class Ragged:
         lengths = np.fromiter(map(len, sequences), np.int64, len(sequences))
         values = np.fromiter((t for s in sequences for t in s), np.int32, int(lengths.sum()))
         return cls(values, np.concatenate([[0], np.cumsum(lengths)]))
+
+    @classmethod
+    def of_chunks(cls, chunks: Iterable[Sequence[Sequence[int]]]) -> Ragged:
+        """The same from parts, so that Python lists of all tokens never stand at once."""
+        parts = [cls.of(chunk) for chunk in chunks] or [cls.of([])]
+        lengths = np.concatenate([part.lengths for part in parts])
+        return cls(
+            np.concatenate([part.values for part in parts]),
+            np.concatenate([[0], np.cumsum(lengths)]),
+        )
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -91,7 +101,13 @@ def make_examples(
       UserError: when a document has no docid.
     """
     rows_of = _rows_of(table, len(documents))
-    encode = vocabulary._pieces.EncodeAsIds
+
+    def encode(texts: Sequence[str]) -> Ragged:
+        return Ragged.of_chunks(
+            [vocabulary.encode(t) for t in texts[i : i + 10_000]]
+            for i in range(0, len(texts), 10_000)
+        )
+
     turn: dict[int, int] = {}
     query_rows = np.zeros(len(pairs), np.int32)
     for i, (_, position) in enumerate(pairs):
@@ -99,10 +115,10 @@ def make_examples(
         query_rows[i] = rows[turn.get(position, 0) % len(rows)]
         turn[position] = turn.get(position, 0) + 1
     return TrainingExamples(
-        queries=Ragged.of(encode([query for query, _ in pairs])),
+        queries=encode([query for query, _ in pairs]),
         query_rows=query_rows,
-        titles=Ragged.of(encode([d.title for d in documents])),
-        bodies=Ragged.of(encode([d.text for d in documents])),
+        titles=encode([d.title for d in documents]),
+        bodies=encode([d.text for d in documents]),
         document_rows=np.array([rows[0] for rows in rows_of], np.int32),
         docids=np.asarray(vocabulary.docids.to_model(np.asarray(table.tokens))),
     )

@@ -40,8 +40,8 @@ def register(
       examples: what to learn from.
       vocabulary: for both features.
       indexing_share: share of indexing examples in the mixture; 1 without train queries.
-      title_share: share of titles among the indexing examples; as many beginnings follow at a
-        third of it, and the rest are random spans.
+      title_share: share of titles among the indexing examples; beginnings (title and first
+        words) are a third as many, and the rest are random spans.
       word_dropout: share of text pieces left out of an input at random.
 
     Returns:

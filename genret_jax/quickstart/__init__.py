@@ -25,9 +25,9 @@ from typing import Any
 from genret_jax.corpus import Corpus, Document, Qrels, write_corpus
 from genret_jax.errors import UserError
 
-__all__ = ["standard_library_corpus", "write_standard_library_corpus"]
+__all__ = ["EMBEDDED", "standard_library_corpus", "write_standard_library_corpus"]
 
-_NAME = "python-standard-library"
+EMBEDDED = "python-standard-library"
 _SPLITS = ("train", "dev", "test")
 
 
@@ -73,7 +73,7 @@ def standard_library_corpus() -> Corpus:
                 query = f"{name}/{split}/{number}"
                 queries[query] = question
                 qrels[split][query] = {name: 1}
-    return Corpus(tuple(documents), queries, qrels, warnings=_warning(missing), name=_NAME)
+    return Corpus(tuple(documents), queries, qrels, warnings=_warning(missing), name=EMBEDDED)
 
 
 def write_standard_library_corpus(folder: str | os.PathLike[str]) -> None:
@@ -120,6 +120,6 @@ def _warning(missing: list[str]) -> tuple[str, ...]:
     if not missing:
         return ()
     return (
-        f"{_NAME}: objects that Python {platform.python_version()} here lacks or has no docstring "
-        f"of, left out with their questions: {len(missing)}, {missing[0]} is the first",
+        f"{EMBEDDED}: objects that Python {platform.python_version()} here lacks or has no "
+        f"docstring of, left out with their questions: {len(missing)}, {missing[0]} is the first",
     )

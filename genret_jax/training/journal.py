@@ -54,6 +54,12 @@ class Journal:
             self._tensorboard.flush()
             draw_curves(self.records, self._folder / "curves.png")
 
+    def close(self) -> None:
+        """Draws the curves once more, and ends the TensorBoard file."""
+        if self._writes:
+            draw_curves(self.records, self._folder / "curves.png")
+            self._tensorboard.close()
+
     def dev_at(self, step: int) -> dict[str, float]:
         """The dev metrics of a step; empty where it was not evaluated."""
         found = [r for r in self.records if r["kind"] == "dev" and r["step"] == step]

@@ -85,6 +85,11 @@ def train(
     """
     clock = clock or Clock(None)
     mesh = mesh or partitioning.make_mesh(model_parallel=config.model_parallel)
+    if config.batch_size % mesh.shape["data"]:
+        raise UserError(
+            f"TrainConfig.batch_size {config.batch_size} does not divide by the "
+            f"{mesh.shape['data']} devices that share a batch; choose a multiple"
+        )
     stepper = Stepper(model, config, mesh)
     state = stepper.init(jax.random.key(config.seed))
     plan = Plan(total=0 if clock.seconds else config.steps)
@@ -96,10 +101,14 @@ def train(
         if checkpoints.latest_step is not None:
             state, plan = _restore(checkpoints, state)
             clock.resume(plan.elapsed)
+            if clock.seconds is None and plan.total == 0:  # stopped before its budget was planned
+                plan.total = max(config.steps, plan.step + 1)
             log.info("going on from step %d of %d", plan.step, plan.total)
         journal = Journal(folder, after_step=plan.step)
         stepper.compile(state, batches)
         loop = _Loop(stepper, batches, config, clock, journal, checkpoints, evaluate)
+        if evaluate:
+            evaluate(state.params)  # compiles, so that the first timed evaluation does not
         if plan.step == 0:
             loop.evaluate(state, plan)
         with tqdm(initial=plan.step, unit="step", desc="training", disable=None) as bar:
@@ -109,6 +118,7 @@ def train(
                     loop.save(state, plan, force=True)
                     interruption.stop(f"training stopped at step {plan.step}")
         loop.save(state, plan, force=True)
+        journal.close()
         if checkpoints.best_step is None:
             checkpoints.save_best(plan.step, state.params)
         params = jax.device_get(checkpoints.restore_best(state.params))
@@ -219,10 +229,11 @@ class _Loop:
         if not np.isfinite(means["loss"]):
             raise UserError(
                 f"the loss is {means['loss']} near step {plan.step}; lower the learning rate "
-                f"({self._config.learning_rate}) or use dtype float32"
+                f"({self._config.learning_rate}) or use dtype float32, with a new --out"
             )
         seconds = (time.monotonic() - self._since) / len(self._pending)
-        evaluations = self._config.evaluations * (1 - float(plan.progress)) + 0.5
+        parts = self._config.evaluations
+        evaluations = max(1, parts - int(plan.progress * parts + 1e-4))
         if not plan.done:
             self._clock.plan(
                 plan, step_seconds=seconds, other_seconds=evaluations * self._evaluation_seconds
@@ -244,12 +255,13 @@ class _Loop:
             return
         begin = time.monotonic()
         dev = self._evaluate(state.params)
-        # The first evaluation compiles, so that only later ones tell what one takes.
-        self._evaluation_seconds = time.monotonic() - begin
+        self._journal.write("dev", plan, dev)
         if dev[self._config.metric] > plan.best:
             plan.best = np.float32(dev[self._config.metric])
             self._checkpoints.save_best(plan.step, state.params)
-        self._journal.write("dev", plan, dev)
+            # Both series stand at one step: a run that crashes now does not go on before its best.
+            self.save(state, plan, force=True)
+        self._evaluation_seconds = time.monotonic() - begin
         log.info(
             "step %d of %s: %s",
             plan.step,
