@@ -65,11 +65,25 @@ def _quiet() -> None:
     logging.getLogger("absl").setLevel(logging.ERROR)
 
 
+def _import_tensorflow() -> None:
+    """Imports TensorFlow without what its C++ side writes to stderr before it reads log levels."""
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as null:
+        try:
+            sys.stderr.flush()
+            os.dup2(null.fileno(), 2)
+            import tensorflow_text  # noqa: F401
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+
+
 def _print(arguments: argparse.Namespace, value: dict[str, Any], text: str) -> None:
     print(json.dumps(value) if arguments.json else text)
 
 
 def fit(arguments: argparse.Namespace) -> None:
+    _import_tensorflow()
     from genret_jax.fit import fit as run_fit
 
     retriever = run_fit(
@@ -198,6 +212,7 @@ def info(arguments: argparse.Namespace) -> None:
 
 
 def quickstart(arguments: argparse.Namespace) -> None:
+    _import_tensorflow()
     from genret_jax.quickstart.run import run_quickstart
 
     value, text = run_quickstart(Path(arguments.out), started=_STARTED)

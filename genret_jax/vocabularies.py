@@ -171,7 +171,8 @@ def train_text_model(texts: Iterable[str], *, size: int = 8000, casefold: bool =
     characters: set[str] = set()
     for text in texts:
         characters.update(text)
-    size = max(size, len(characters) + 300) if len(characters) > size - 100 else size
+    if len(characters) + 10 > size:  # SentencePiece refuses fewer pieces than characters
+        size = len(characters) + 300
     rule = "nmt_nfkc_cf" if casefold else "nmt_nfkc"
     # SentencePiece drops lines over 4,192 bytes, so long texts are given in pieces.
     lines = (line for text in texts for line in _lines(text))

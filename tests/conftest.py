@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import os
+import tempfile
 
 _DEVICES = "--xla_force_host_platform_device_count"
 
 if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}=8".strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+# Tests compile the same small programs again and again; each is compiled once a session.
+_CACHE = tempfile.TemporaryDirectory(prefix="genret-xla-")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _CACHE.name)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import hypothesis  # noqa: E402  (after the flags, like everything that may import jax)
 

@@ -19,7 +19,7 @@ ROOMS = """
     baselines evaluation comparison
     docids trie vocabularies decoding
     modeling ranking
-    recipe indexing data training
+    recipe splitting indexing data training
     weights retriever fit quickstart
     __init__ cli __main__
 """.split()  # noqa: SIM905
