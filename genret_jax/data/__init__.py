@@ -2,3 +2,27 @@
 
 This room imports TensorFlow and SeqIO; nothing on the search path imports it.
 """
+
+from __future__ import annotations
+
+import os
+import sys
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+
+def _import_quietly() -> None:
+    """Imports TensorFlow without what its C++ side writes to stderr before it reads log levels."""
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as null:
+        try:
+            sys.stderr.flush()
+            os.dup2(null.fileno(), 2)
+            import tensorflow_text  # noqa: F401
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+
+
+if "tensorflow" not in sys.modules:
+    _import_quietly()

@@ -58,13 +58,16 @@ def register(
         finish.insert(0, functools.partial(drop_words, rate=word_dropout))
     rates = []
     if len(examples.queries) and indexing_share < 1:
-        _add_task(f"{name}_retrieval", retrieval_source(examples), finish, features)
+        source = retrieval_source(examples)
+        _add_task(f"{name}_retrieval", source, finish, features, len(examples.queries))
         rates.append((f"{name}_retrieval", 1 - indexing_share))
     if indexing_share > 0 or not rates:
         pieces = functools.partial(
             document_pieces, lengths=_span_lengths(examples), title_share=title_share
         )
-        _add_task(f"{name}_indexing", indexing_source(examples), [pieces, *finish], features)
+        source = indexing_source(examples)
+        size = len(examples.document_rows)
+        _add_task(f"{name}_indexing", source, [pieces, *finish], features, size)
         rates.append((f"{name}_indexing", indexing_share or 1.0))
     seqio.MixtureRegistry.remove(name)
     seqio.MixtureRegistry.add(name, rates)
@@ -76,6 +79,7 @@ def _add_task(
     source: seqio.FunctionDataSource,
     preprocessors: list[Callable],
     features: Mapping[str, seqio.Feature],
+    size: int,
 ) -> None:
     seqio.TaskRegistry.remove(name)
     seqio.TaskRegistry.add(
@@ -83,7 +87,8 @@ def _add_task(
         source=source,
         preprocessors=preprocessors,
         output_features=features,
-        shuffle_buffer_size=_SHUFFLE_BUFFER,
+        # SeqIO repeats before it shuffles: a larger buffer would be filled by repetitions.
+        shuffle_buffer_size=min(max(size, 1), _SHUFFLE_BUFFER),
     )
 
 
