@@ -195,7 +195,8 @@ def load_recipe(
       bindings: lines of gin, such as "TrainConfig.steps = 100".
 
     Raises:
-      UserError: for a name or a line that does not exist or does not parse.
+      UserError: for a name or a line that does not exist or does not parse, or a value of the
+        wrong type or range.
     """
     files = [_named("method", "methods", method, methods())]
     if size:
@@ -211,13 +212,54 @@ def load_recipe(
         for file in files:
             gin.parse_config_file(str(file))
         gin.parse_config(list(bindings))
-        return Recipe(method=method, **{name: make() for name, make in _CONFIGURABLE.items()})
+        parts = {name: make() for name, make in _CONFIGURABLE.items()}
     except (ValueError, SyntaxError, TypeError, AttributeError, OSError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise UserError(f"recipe of method {method}: {lines[0] if lines else error!r}") from None
     finally:
         logging.disable(logging.NOTSET)
         gin.clear_config()
+    for part in parts.values():
+        _check(part)
+    return Recipe(method=method, **parts)
+
+
+# Fields that are shares, and fields that count something and may be 0.
+_SHARES = ("dropout_rate", "title_share", "word_dropout", "held_out", "label_smoothing")
+_MAY_BE_ZERO = ("seed", "warmup_steps", "input_length", "dev_queries")
+
+
+def _check(part: Any) -> None:
+    """Types and ranges of a part of a recipe: what gin lets through.
+
+    Raises:
+      UserError: naming the field, what it is, and what it must be.
+    """
+    for field in dataclasses.fields(part):
+        value, default = getattr(part, field.name), _default(field)
+        wanted: Any = (int, float) if isinstance(default, float) else type(default)
+        problem = ""
+        if not isinstance(value, wanted) or isinstance(value, bool) != isinstance(default, bool):
+            problem = f"a {type(default).__name__}"
+        elif field.name in _SHARES and not 0 <= value < 1:
+            problem = "at least 0 and below 1"
+        elif isinstance(default, int) and not isinstance(default, bool):
+            least = 0 if field.name in _MAY_BE_ZERO else 1
+            problem = f"at least {least}" if value < least else ""
+        elif field.name == "indexing_share" and value > 1:
+            problem = "at most 1"
+        elif field.name == "dtype" and value not in ("float32", "bfloat16"):
+            problem = "'float32' or 'bfloat16'"
+        if problem:
+            raise UserError(
+                f"{type(part).__name__}.{field.name} is {value!r}, but must be {problem}"
+            )
+
+
+def _default(field: dataclasses.Field) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
 
 
 def _named(what: str, folder: str, name: str, names: Sequence[str]) -> Path:

@@ -285,6 +285,23 @@ def test_recipes_load_and_later_bindings_win():
         load_recipe("dsi", gin_files=["missing.gin"])
 
 
+@pytest.mark.parametrize(
+    ("binding", "message"),
+    [
+        ("TrainConfig.steps = 'many'", "TrainConfig.steps is 'many', but must be a int"),
+        ("TrainConfig.batch_size = 0", "at least 1"),
+        ("TrainConfig.log_every = True", "must be a int"),
+        ("NetworkConfig.dtype = 'float8'", "'float32' or 'bfloat16'"),
+        ("DataConfig.indexing_share = 1.5", "at most 1"),
+        ("LossConfig.label_smoothing = 1.0", "below 1"),
+        ("DocidConfig.settings = 3", "must be a dict"),
+    ],
+)
+def test_values_that_cannot_be_are_refused(binding, message):
+    with pytest.raises(UserError, match=message):
+        load_recipe("dsi", bindings=[binding])
+
+
 def test_python_names_are_the_documented_ones():
     import genret_jax
 
