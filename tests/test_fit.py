@@ -162,7 +162,7 @@ def test_a_time_budget_ends_the_run(collection, tmp_path, capsys):
         main(["fit", str(collection), "--out", str(out), "--minutes", "0.5", *fast, "--json"]) == 0
     )
     about = _json(capsys)
-    assert 0 < about["training"]["seconds"] < 90 and about["training"]["steps"] > 1
+    assert 0 < about["training"]["seconds"] < 300 and about["training"]["steps"] > 1
 
 
 def test_a_mistake_does_not_claim_the_folder(collection, tmp_path, capsys):
