@@ -127,9 +127,7 @@ def fit(
 def _batches(examples: TrainingExamples, index: Index, recipe: Recipe, length: int) -> Batches:
     data, train_config = recipe.data, recipe.train
     documents = len(examples.document_rows)
-    share = data.indexing_share
-    if share < 0:
-        share = min(0.7, max(0.3, 8 / (8 + len(examples.queries) / documents)))
+    share = examples.indexing_share(data.indexing_share)
     log.info("%d train pairs; %.0f %% indexing examples", len(examples.queries), 100 * share)
     register(
         _TASKS,

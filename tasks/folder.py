@@ -55,7 +55,7 @@ def register_folder(
         name,
         examples,
         SeqioVocabulary(index.vocabulary),
-        indexing_share=data.indexing_share if data.indexing_share >= 0 else 0.3,
+        indexing_share=examples.indexing_share(data.indexing_share),
         title_share=data.title_share,
         word_dropout=data.word_dropout,
     )

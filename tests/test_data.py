@@ -202,6 +202,11 @@ def test_a_collection_smaller_than_a_batch_still_fills_one():
     assert set(batches[0]["mark"][:, 0]) == {0, 1} and len(batches[0]["mark"]) == 8
 
 
+def test_few_queries_a_document_ask_for_more_indexing(examples):
+    assert examples.indexing_share(0.2) == 0.2
+    assert examples.indexing_share(-1.0) == pytest.approx(8 / (8 + 5))  # 40 pairs, 8 documents
+
+
 def test_length_buckets():
     assert length_buckets(np.array([3] * 65 + [7] * 30 + [15] * 5), 16) == (4, 8, 16)
     assert length_buckets(np.array([15] * 10), 16) == (16,)

@@ -71,6 +71,16 @@ class TrainingExamples:
     document_rows: np.ndarray
     docids: np.ndarray
 
+    def indexing_share(self, asked: float) -> float:
+        """`asked`, or where it is below 0 what the number of train pairs a document decides.
+
+        See `DataConfig.indexing_share`; the one place of the rule for every runner.
+        """
+        if asked >= 0:
+            return asked
+        pairs = len(self.queries) / len(self.document_rows)
+        return min(0.7, max(0.3, 8 / (8 + pairs)))
+
     def input_length(self, *, share: float = 0.99, multiple: int = 8, most: int = 128) -> int:
         """Encoder tokens that hold `share` of the queries whole, EOS included.
 
