@@ -76,6 +76,7 @@ def fit(arguments: argparse.Namespace) -> None:
         out=arguments.out,
         minutes=arguments.minutes,
         started=arguments.started,
+        stage=arguments.stage,
     )
     about = retriever.about
     dev = ", ".join(f"{name} {value:.3f}" for name, value in about["dev"].items())
@@ -94,7 +95,9 @@ def search(arguments: argparse.Namespace) -> None:
     from genret_jax.retriever import Retriever
 
     retriever = Retriever.load(arguments.run_folder)
-    hits = retriever.search(arguments.query, k=arguments.k, beam=arguments.beam)
+    hits = retriever.search(
+        arguments.query, k=arguments.k, beam=arguments.beam, scoring=arguments.scoring
+    )
     lines = [f"{h.rank:3d}  {h.score:8.3f}  {h.document}  {h.title}  [{h.docid}]" for h in hits]
     value = {"query": arguments.query, "hits": [dataclasses.asdict(h) for h in hits]}
     _print(arguments, value, "\n".join(lines))
@@ -107,7 +110,9 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
     retriever = Retriever.load(arguments.run_folder)
     corpus = _corpus_of(retriever, arguments.corpus)
-    searchers: dict[str, Any] = {retriever.name: _WithBeam(retriever, arguments.beam)}
+    searchers: dict[str, Any] = {
+        retriever.name: _AsAsked(retriever, arguments.beam, arguments.scoring)
+    }
     searchers |= {name: baseline(name, corpus) for name in arguments.baseline}
     comparison = compare(searchers, corpus, split=arguments.split)
     folder = find_retriever(Path(arguments.run_folder))
@@ -130,11 +135,11 @@ def _add_metrics(path: Path, split: str, values: dict[str, float]) -> None:
         temporary.write_text(json.dumps(metrics, indent=1))
 
 
-class _WithBeam:
-    """A retriever as the Searcher of an evaluation: with a beam, and a progress bar."""
+class _AsAsked:
+    """A retriever as the Searcher of an evaluation: beam and scoring set, and a progress bar."""
 
-    def __init__(self, retriever: Retriever, beam: int):
-        self._retriever, self._beam = retriever, beam
+    def __init__(self, retriever: Retriever, beam: int, scoring: str | None):
+        self._retriever, self._beam, self._scoring = retriever, beam, scoring
         self.name = retriever.name
 
     def search(self, queries: Sequence[str], *, k: int) -> list[Any]:
@@ -144,7 +149,7 @@ class _WithBeam:
         with tqdm(total=len(queries), unit="query", desc=self.name, disable=None) as bar:
             for start in range(0, len(queries), 64):
                 chunk = queries[start : start + 64]
-                hits += self._retriever.search(chunk, k=k, beam=self._beam)
+                hits += self._retriever.search(chunk, k=k, beam=self._beam, scoring=self._scoring)
                 bar.update(len(chunk))
         return hits
 
@@ -276,6 +281,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("corpus", help="BEIR folder, or a corpus.jsonl[.gz]")
     command.add_argument("--out", required=True, help="folder of the run; made, or gone on with")
     command.add_argument("--minutes", type=float, help="end within so many minutes, all included")
+    command.add_argument(
+        "--stage", type=int, help="1: docids alone; 2: go on from there (default: all)"
+    )
     _add_recipe_options(command)
 
     command = verb(search, "search a retriever", 'genret search runs/mine "who fixes lifts?" -k 5')
@@ -283,6 +291,10 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("query")
     command.add_argument("-k", type=int, default=10, help="documents (default 10)")
     command.add_argument("--beam", type=int, default=100, help="hypotheses (default 100)")
+    command.add_argument(
+        "--scoring",
+        help="fused, generation or semantic (default fused, where the retriever has vectors)",
+    )
 
     command = verb(
         evaluate,
@@ -299,6 +311,10 @@ def _parser() -> argparse.ArgumentParser:
         help="measure bm25 or bm25+q (train queries appended to documents) too; may be repeated",
     )
     command.add_argument("--beam", type=int, default=100, help="hypotheses (default 100)")
+    command.add_argument(
+        "--scoring",
+        help="fused, generation or semantic (default fused, where the retriever has vectors)",
+    )
     command.add_argument("--run-file", help="write the ranking as a TREC run")
     command.add_argument("--corpus", help="where the corpus is now, if it was moved")
 
@@ -326,7 +342,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_recipe_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--method", default="dsi", help="what to train (default dsi)")
+    command.add_argument("--method", default="dogr", help="what to train (default dogr)")
     command.add_argument("--docids", help="kind of identifiers, instead of the method's own")
     command.add_argument("--size", help="size of the network, instead of the method's own")
     command.add_argument("--gin_file", action="append", default=[], help="further gin file")

@@ -61,6 +61,11 @@ class Document:
     title: str
     text: str
 
+    @property
+    def whole(self) -> str:
+        """Title and text in one, as models and vocabularies read them."""
+        return f"{self.title}. {self.text}" if self.title else self.text
+
 
 @dataclass(frozen=True)
 class Corpus:

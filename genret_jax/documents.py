@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import mmap
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,18 +12,25 @@ import numpy as np
 from genret_jax.corpus import Document
 from genret_jax.errors import UserError
 
+DOCUMENT_FILES = ("documents.jsonl", "documents.offsets.npy", "documents.order.npy")
+
 
 class DocumentStore:
     """Documents by position, from a memory-mapped JSON-lines file.
 
     Args:
-      folder: holds documents.jsonl and documents.offsets.npy (int64[documents + 1]).
+      folder: holds documents.jsonl, documents.offsets.npy (int64[documents + 1]) and
+        documents.order.npy (int32[documents]).
+
+    Attributes:
+      order: int32[documents], the place of each document among all ids in descending order.
     """
 
     def __init__(self, folder: str | Path):
         folder = Path(folder)
         try:
             self._offsets = np.load(folder / "documents.offsets.npy", mmap_mode="r")
+            self.order = np.load(folder / "documents.order.npy", mmap_mode="r")
             with open(folder / "documents.jsonl", "rb") as file:
                 self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as error:
@@ -41,12 +48,21 @@ class DocumentStore:
 
 
 def write_documents(documents: Iterable[Document], folder: str | Path) -> None:
-    """Writes the two files of a DocumentStore into an existing folder; BEIR's field names."""
+    """Writes the three files of a DocumentStore into an existing folder; BEIR's field names."""
     folder = Path(folder)
-    offsets = [0]
+    offsets, ids = [0], []
     with open(folder / "documents.jsonl", "wb") as file:
         for document in documents:
             record = {"_id": document.id, "title": document.title, "text": document.text}
             line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
             offsets.append(offsets[-1] + file.write(line))
+            ids.append(document.id)
     np.save(folder / "documents.offsets.npy", np.asarray(offsets, np.int64))
+    np.save(folder / "documents.order.npy", descending(ids))
+
+
+def descending(ids: Sequence[str]) -> np.ndarray:
+    """int32[documents]: the place of each document among all ids in descending order."""
+    order = np.empty(len(ids), np.int32)
+    order[sorted(range(len(ids)), key=ids.__getitem__, reverse=True)] = np.arange(len(ids))
+    return order

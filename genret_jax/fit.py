@@ -1,10 +1,11 @@
-"""The main job: corpus -> index -> training -> retriever folder.
+"""The main job: corpus -> index -> stage 1 -> stage 2 -> retriever folder.
 
 RUN/
   index/       vocabulary, docids, trie, documents
-  training/    checkpoints, metrics.jsonl, curves.png, TensorBoard events
-  curves.png   the same picture, where a person looks first
-  retriever/   the result, complete in itself; training/ can be deleted once it is there
+  training/    stage 1: checkpoints, metrics.jsonl, curves.png, TensorBoard events
+  ranking/     stage 2, where the method has one: the same, and the negatives
+  curves.png   the picture of the last stage, where a person looks first
+  retriever/   the result, complete in itself; the others can be deleted once it is there
 """
 
 from __future__ import annotations
@@ -18,31 +19,25 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from genret_jax.corpus import Corpus, read_corpus
-from genret_jax.data.batches import Batches, length_buckets, materialise
-from genret_jax.data.examples import TrainingExamples, make_examples
-from genret_jax.data.tasks import register
-from genret_jax.data.vocabulary import SeqioVocabulary
 from genret_jax.errors import UserError
-from genret_jax.evaluation import evaluate
 from genret_jax.files import replace_on_success
-from genret_jax.indexing import Index, build_index, documents_digest
-from genret_jax.modeling.model import Params, RetrievalModel
-from genret_jax.ranking import Ranker
+from genret_jax.indexing import build_index, documents_digest
 from genret_jax.recipe import Recipe
 from genret_jax.retriever import Retriever, find_retriever, write_retriever
 from genret_jax.splitting import Split, split_corpus
+from genret_jax.stages.common import DEV_BEAM, Materials
+from genret_jax.stages.first import train_docids
+from genret_jax.stages.second import SecondStage, train_ranking
 from genret_jax.training.budget import Clock
-from genret_jax.training.trainer import Evaluate, TrainResult, train
+from genret_jax.training.trainer import TrainResult
 
 log = logging.getLogger(__name__)
-DEV_BEAM = 10
-_DEV_METRICS = ("hits@1", "hits@10", "mrr@10")
 _RESERVE_SECONDS = 5.0  # for writing the retriever
-_MOST_PIECES = 400_000  # of documents, read before training begins: two minutes of a CPU
-_TASKS = "genret"
+# Reserved at the end of stage 2 for vectors and fusion: microseconds a document, on two cores.
+_SECONDS_A_DOCUMENT = 1.5e-3
+STAGES = (1, 2)
 
 
 def fit(
@@ -52,6 +47,7 @@ def fit(
     out: str | Path,
     minutes: float | None = None,
     started: float | None = None,
+    stage: int | None = None,
 ) -> Retriever:
     """Trains a retriever over a corpus, or goes on where an interrupted run stopped.
 
@@ -62,6 +58,8 @@ def fit(
       out: the run's folder.
       minutes: everything, compiling included, ends within this; the recipe's steps without it.
       started: `time.monotonic()` when the budget began; now by default.
+      stage: 1 stops after stage 1, with a retriever that ranks by generation alone; 2 goes on
+        from there. By default all stages of the method.
 
     Returns:
       The retriever with the parameters that were best on dev.
@@ -70,107 +68,81 @@ def fit(
       UserError: for a mistake in the corpus or the recipe, or a folder of another run.
       Interrupted: after SIGTERM or Ctrl-C, once a checkpoint is written.
     """
+    _check(recipe, minutes, stage)
+    out = Path(out)
+    clock = Clock(minutes * 60 if minutes else None, started=started, reserve=_RESERVE_SECONDS)
+    path, corpus = _read(corpus)
+    split = split_corpus(corpus, recipe.data, seed=recipe.train.seed)
+    _claim(out, recipe, corpus, split)
+    last = stage or (2 if recipe.contrastive.wanted else 1)
+    there = _stage_of(out)
+    if there >= last:
+        log.info("%s: already fitted", out)
+        return Retriever.load(out)
+    if stage == 2 and there < 1:
+        raise UserError(f"{out}: stage 1 is not done here; run `genret fit` with --stage 1 first")
+    materials = Materials(
+        corpus.documents,
+        split,
+        build_index(
+            corpus,
+            out / "index",
+            docids=recipe.docids,
+            vocabulary=recipe.vocabulary,
+            pairs=split.pairs,
+            seed=recipe.train.seed,
+        ),
+        recipe,
+    )
+    if clock.seconds and last == 2 and stage is None:
+        clock.seconds *= 1 - recipe.contrastive.share
+    first = train_docids(materials, out / "training", clock)
+    second = None
+    if last == 2:
+        if minutes:
+            clock.seconds = minutes * 60
+            clock.reserve += _SECONDS_A_DOCUMENT * len(corpus.documents)
+        if stage == 2:  # the budget is this stage's alone
+            clock.resume(0.0)
+        second = train_ranking(materials, first.params, out / "ranking", clock)
+    about = _about(materials, corpus, path, first, second)
+    about["training"]["seconds"] = round(clock.elapsed, 1)
+    write_retriever(
+        (second.result if second else first).params,
+        about,
+        index_folder=out / "index",
+        folder=out / "retriever",
+        vectors=second.vectors if second else None,
+    )
+    curves = out / ("ranking" if second else "training") / "curves.png"
+    if curves.exists():
+        shutil.copyfile(curves, out / "curves.png")
+    return Retriever.load(find_retriever(out))
+
+
+def _check(recipe: Recipe, minutes: float | None, stage: int | None) -> None:
     if minutes is not None and minutes <= 0:
         raise UserError(f"minutes must be above 0, found {minutes}")
+    if stage is not None and stage not in STAGES:
+        raise UserError(f"stage must be 1 or 2, found {stage}")
+    if stage == 2 and not recipe.contrastive.wanted:
+        raise UserError(
+            f"method {recipe.method} has one stage; choose dogr, or give "
+            "ContrastiveConfig.retrieval a weight above 0"
+        )
     if jax.process_count() > 1:
         raise UserError(
             f"{jax.process_count()} processes were started, but `genret fit` runs in one; "
             "start it once, with all devices of the machine"
         )
-    clock = Clock(minutes * 60 if minutes else None, started=started, reserve=_RESERVE_SECONDS)
-    out = Path(out)
-    path, corpus = _read(corpus)
-    split = split_corpus(corpus, recipe.data, seed=recipe.train.seed)
-    _claim(out, recipe, corpus, split)
-    if (out / "retriever" / "retriever.json").is_file():
-        log.info("%s: already fitted", out)
-        return Retriever.load(out)
-    log.info("indexing %d documents as %s docids", len(corpus.documents), recipe.docids.kind)
-    index = build_index(
-        corpus,
-        out / "index",
-        docids=recipe.docids,
-        vocabulary=recipe.vocabulary,
-        pairs=split.pairs,
-        seed=recipe.train.seed,
-    )
-    examples = make_examples(corpus.documents, split.pairs, index.vocabulary, index.table)
-    length = recipe.data.input_length or examples.input_length()
-    model = RetrievalModel(
-        recipe.network.t5(index.vocabulary.size),
-        index.vocabulary.docids,
-        **dataclasses.asdict(recipe.loss),
-    )
-    ranker = Ranker(
-        model=model,
-        vocabulary=index.vocabulary,
-        trie=index.trie,
-        document_id=lambda position: corpus.documents[position].id,
-        input_length=length,
-    )
-    result = train(
-        model,
-        _batches(examples, index, recipe, length),
-        config=recipe.train,
-        folder=out / "training",
-        evaluate=_dev_evaluation(ranker, split, recipe.train.metric),
-        clock=clock,
-    )
-    about = _about(recipe, corpus, path, index, model, split, result, length)
-    about["training"]["seconds"] = round(clock.elapsed, 1)
-    write_retriever(result.params, about, index_folder=out / "index", folder=out / "retriever")
-    if (out / "training" / "curves.png").exists():
-        shutil.copyfile(out / "training" / "curves.png", out / "curves.png")
-    return Retriever.load(find_retriever(out))
 
 
-def _batches(examples: TrainingExamples, index: Index, recipe: Recipe, length: int) -> Batches:
-    data, train_config = recipe.data, recipe.train
-    documents = len(examples.document_rows)
-    share = examples.indexing_share(data.indexing_share)
-    log.info("%d train pairs; %.0f %% indexing examples", len(examples.queries), 100 * share)
-    register(
-        _TASKS,
-        examples,
-        SeqioVocabulary(index.vocabulary),
-        indexing_share=share,
-        title_share=data.title_share,
-        word_dropout=data.word_dropout,
-    )
-    pools = materialise(
-        _TASKS,
-        lengths={"inputs": length, "targets": index.trie.max_length},
-        passes={
-            "indexing": max(1, min(data.indexing_passes, _MOST_PIECES // documents)),
-            "retrieval": 4 if data.word_dropout else 1,
-        },
-        seed=train_config.seed,
-    )
-    used = np.concatenate([(p.arrays["encoder_input_tokens"] > 0).sum(1) for p in pools])
-    return Batches(
-        pools,
-        batch_size=train_config.batch_size,
-        seed=train_config.seed,
-        buckets=length_buckets(used, length),
-        shard=(jax.process_index(), jax.process_count()),
-    )
-
-
-def _dev_evaluation(ranker: Ranker, split: Split, metric: str) -> Evaluate | None:
-    if not split.dev_queries:
-        return None
-    names, texts = list(split.dev_queries), list(split.dev_queries.values())
-    metrics = tuple(dict.fromkeys((*_DEV_METRICS, metric)))
-
-    def run(params: Params) -> dict[str, float]:
-        ranked = ranker.rank(params, texts, k=10, beam=DEV_BEAM)
-        scores = {
-            name: {ranker.document_id(r.position): r.score for r in hits}
-            for name, hits in zip(names, ranked, strict=True)
-        }
-        return evaluate(scores, split.dev_qrels, metrics)
-
-    return run
+def _stage_of(out: Path) -> int:
+    """The last stage of the retriever in a run; 0 where there is none."""
+    about = out / "retriever" / "retriever.json"
+    if not about.is_file():
+        return 0
+    return 2 if "fusion" in json.loads(about.read_text(encoding="utf-8")) else 1
 
 
 def _read(corpus: str | Path | Corpus) -> tuple[str, Corpus]:
@@ -190,7 +162,7 @@ def _claim(out: Path, recipe: Recipe, corpus: Corpus, split: Split) -> None:
     content = [recipe.to_dict(), documents_digest(corpus.documents), split.pairs, split.dev_qrels]
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     mark = out / "run.json"
-    begun = any((out / name).exists() for name in ("index", "training", "retriever"))
+    begun = any((out / name).exists() for name in ("index", "training", "ranking", "retriever"))
     if mark.is_file() and begun:
         if json.loads(mark.read_text()).get("run") != digest:
             raise UserError(
@@ -205,21 +177,20 @@ def _claim(out: Path, recipe: Recipe, corpus: Corpus, split: Split) -> None:
 
 
 def _about(
-    recipe: Recipe,
+    materials: Materials,
     corpus: Corpus,
     path: str,
-    index: Index,
-    model: RetrievalModel,
-    split: Split,
-    result: TrainResult,
-    length: int,
+    first: TrainResult,
+    second: SecondStage | None,
 ) -> dict[str, Any]:
     """What retriever.json says of the run."""
-    return {
+    recipe, split = materials.recipe, materials.split
+    result = second.result if second else first
+    about = {
         "method": recipe.method,
-        "network": dataclasses.asdict(model.config),
-        "input_length": length,
-        "docids": index.about["docids"],
+        "network": dataclasses.asdict(materials.model.config),
+        "input_length": materials.input_length,
+        "docids": materials.index.about["docids"],
         "corpus": {"name": corpus.name, "path": path, "documents": len(corpus.documents)},
         "parameters": sum(int(x.size) for x in jax.tree.leaves(result.params)),
         "dev": result.dev,
@@ -227,8 +198,17 @@ def _about(
             "pairs": len(split.pairs),
             "dev_queries": len(split.dev_queries),
             "dev_beam": DEV_BEAM,
-            "steps": result.steps,
+            "steps": first.steps + (second.result.steps if second else 0),
             "best_step": result.best_step,
         },
         "recipe": recipe.to_dict(),
     }
+    if second:
+        about["fusion"] = dataclasses.asdict(second.fusion)
+        about["second_stage"] = {
+            "steps": second.result.steps,
+            "vector": recipe.contrastive.vector,
+            "similarity": recipe.contrastive.similarity,
+            **second.report,
+        }
+    return about

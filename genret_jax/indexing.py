@@ -112,7 +112,7 @@ def build_index(
             )
         return index
     began = time.monotonic()
-    texts = [f"{d.title}. {d.text}" if d.title else d.text for d in corpus.documents]
+    texts = [d.whole for d in corpus.documents]
     # Queries first: SentencePiece reads a bounded number of lines.
     text_model = _text_model(vocabulary, [*(query for query, _ in pairs), *texts])
     words = Vocabulary(text_model, docid_size=2)

@@ -12,14 +12,19 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Float32, Int
 
-from genret_jax.decoding import BeamResult
+from genret_jax.docids.features import unit_length
 from genret_jax.modeling.model import Params, RetrievalModel
+from genret_jax.scoring import Candidates, Fusion
 from genret_jax.trie import DeviceTrie, Trie
 from genret_jax.vocabularies import Vocabulary
 
 # Batches are filled up to one of these, so that a handful of programs serves every call.
 BATCH_SIZES = (1, 8, 64)
+
+# Positions of documents -> their vectors, as the similarity takes them.
+Vectors = Callable[[Int[np.ndarray, " n"]], Float32[np.ndarray, "n embed"]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,13 +33,18 @@ class Ranked:
 
     Attributes:
       position: of the document in the corpus.
-      score: log p of its identifier given the query, in nats.
       row: of the trie.
+      score: what it is ranked by.
+      generation: log p of its identifier given the query, in nats.
+      semantic, fused: similarity and fused score; None without document vectors.
     """
 
     position: int
-    score: float
     row: int
+    score: float
+    generation: float
+    semantic: float | None = None
+    fused: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,16 +52,21 @@ class Ranker:
     """A model and its identifiers, ready for any parameters.
 
     Attributes:
-      document_id: position -> id; documents of equal score stand in descending order of id,
-        which is trec_eval's rule, so that a written run is scored as it was ranked.
+      order: int[documents], place of each document among all ids in descending order: documents
+        of equal score stand in it, which is trec_eval's rule, so that a written run is scored as
+        it was ranked.
       input_length: encoder tokens a query is cut and padded to.
+      similarity: "cosine" or "dot", of semantic vectors.
+      fusion: of the fused score.
     """
 
     model: RetrievalModel
     vocabulary: Vocabulary
     trie: Trie
-    document_id: Callable[[int], str]
+    order: np.ndarray
     input_length: int
+    similarity: str = "cosine"
+    fusion: Fusion = Fusion()
 
     @functools.cached_property
     def device_trie(self) -> DeviceTrie:
@@ -59,39 +74,86 @@ class Ranker:
 
     @functools.cached_property
     def _search(self) -> Any:
-        return jax.jit(self.model.search, static_argnames=("beam", "normaliser"))
-
-    def beams(self, params: Params, queries: Sequence[str], *, beam: int) -> BeamResult:
-        """The beams of up to 64 queries, on the host: arrays [queries, beam, ...]."""
-        tokens = self.vocabulary.encode_batch(queries, self.input_length)
-        size = next(n for n in BATCH_SIZES if len(queries) <= n)
-        tokens = np.pad(tokens, ((0, size - len(queries)), (0, 0)))
-        result = self._search(params, tokens, self.device_trie, beam=beam)
-        return jax.tree.map(lambda x: np.asarray(x)[: len(queries)], result)
+        return jax.jit(self.model.search_and_embed, static_argnames=("beam", "normaliser"))
 
     def rank(
-        self, params: Params, queries: Sequence[str], *, k: int, beam: int
+        self,
+        params: Params,
+        queries: Sequence[str],
+        *,
+        k: int,
+        beam: int,
+        vectors: Vectors | None = None,
+        scoring: str = "generation",
     ) -> list[list[Ranked]]:
-        """The best k documents of each query; fewer where the beam reached fewer."""
-        ranked = []
+        """The best k documents of each query; fewer where the beam reached fewer.
+
+        Args:
+          params: weights.
+          queries: any number of texts.
+          k, beam: documents a query, and hypotheses that the search keeps.
+          vectors: of the documents; needed unless scoring is "generation".
+          scoring: "generation", "semantic" or "fused".
+        """
+        found = self.candidates(params, queries, beam=beam)
+        if vectors is not None:
+            found = [with_similarity(one, vectors) for one in found]
+        return [self._ranked(one, k, scoring) for one in found]
+
+    def candidates(self, params: Params, queries: Sequence[str], *, beam: int) -> list[Candidates]:
+        """What the beam reaches for each query, without similarities."""
+        out = []
         for start in range(0, len(queries), BATCH_SIZES[-1]):
             chunk = queries[start : start + BATCH_SIZES[-1]]
-            result = self.beams(params, chunk, beam=beam)
-            for rows, scores in zip(result.row, result.scores, strict=True):
-                ranked.append(self._documents(rows, scores, k))
-        return ranked
+            tokens = self.vocabulary.encode_batch(chunk, self.input_length)
+            size = next(n for n in BATCH_SIZES if len(chunk) <= n)
+            tokens = np.pad(tokens, ((0, size - len(chunk)), (0, 0)))
+            result, query = self._search(params, tokens, self.device_trie, beam=beam)
+            rows, scores, query = (np.asarray(x) for x in (result.row, result.scores, query))
+            query = np.asarray(query, np.float32)
+            query = unit_length(query) if self.similarity == "cosine" else query
+            out += [self._reached(rows[i], scores[i], query[i]) for i in range(len(chunk))]
+        return out
 
-    def _documents(self, rows: np.ndarray, scores: np.ndarray, k: int) -> list[Ranked]:
-        # Rows come best first, so a document with several identifiers keeps its best one.
-        best: dict[int, Ranked] = {}
-        last = 0.0
-        for row, score in zip(rows.tolist(), scores.tolist(), strict=True):
-            if row < 0 or (len(best) >= k and score < last):
-                break
-            last = score
-            for position in self.trie.documents(row).tolist():
-                best.setdefault(position, Ranked(position, score, row))
-        # A stable sort by id and then by score puts equal scores in descending order of id.
-        found = sorted(best.values(), key=lambda r: self.document_id(r.position), reverse=True)
-        found.sort(key=lambda r: r.score, reverse=True)
-        return found[:k]
+    def _reached(self, rows: np.ndarray, scores: np.ndarray, query: np.ndarray) -> Candidates:
+        """Rows of the trie, best first -> the documents they name, each by its best row."""
+        valid = rows >= 0
+        rows, scores = rows[valid], scores[valid]
+        starts, ends = self.trie.row_offsets[rows], self.trie.row_offsets[rows + 1]
+        counts = ends - starts
+        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        positions = self.trie.row_documents[np.repeat(starts, counts) + within]
+        of = np.repeat(np.arange(len(rows)), counts)
+        _, first = np.unique(positions, return_index=True)  # rows come best first
+        return Candidates(
+            positions=positions[first],
+            rows=rows[of][first],
+            lengths=(self.trie.rows[rows[of][first]] > 0).sum(1).astype(np.int32),
+            generation=scores[of][first],
+            query=query,
+        )
+
+    def _ranked(self, found: Candidates, k: int, scoring: str) -> list[Ranked]:
+        score = self.fusion.score(found, scoring)
+        best = np.lexsort((self.order[found.positions], -score))[:k]
+        fused = None if found.semantic is None else self.fusion.score(found)
+
+        def value(array: np.ndarray | None, i: int) -> float | None:
+            return None if array is None else float(array[i])
+
+        return [
+            Ranked(
+                position=int(found.positions[i]),
+                row=int(found.rows[i]),
+                score=float(score[i]),
+                generation=float(found.generation[i]),
+                semantic=value(found.semantic, i),
+                fused=value(fused, i),
+            )
+            for i in best.tolist()
+        ]
+
+
+def with_similarity(found: Candidates, vectors: Vectors) -> Candidates:
+    """The candidates with the similarities of their vectors to the query's."""
+    return dataclasses.replace(found, semantic=vectors(found.positions) @ found.query)

@@ -78,7 +78,7 @@ class DataConfig:
       indexing_share: share of indexing examples; below 0, the number p of train pairs a document
         decides: 8 / (8 + p), but between 0.3 and 0.7, because few queries a document are soon
         learnt by heart and pieces of the text are what is left to learn from.
-      title_share, word_dropout: see `genret_jax.data.tasks.register`.
+      title_share, frame_share, word_dropout: see `genret_jax.data.tasks.register`.
       indexing_passes: pieces drawn of each document, for the whole training, at most.
       input_length: encoder tokens; 0 lets the train queries decide (99 % of them fit).
       dev_queries: queries of an evaluation during training, at most.
@@ -87,6 +87,7 @@ class DataConfig:
 
     indexing_share: float = -1.0
     title_share: float = 0.3
+    frame_share: float = 0.5
     word_dropout: float = 0.0
     indexing_passes: int = 8
     input_length: int = 0
@@ -107,6 +108,8 @@ class TrainConfig:
     """How to train.
 
     Attributes:
+      start: "random", or "lexical": parameters that match words from the first step on; see
+        `genret_jax.training.lexical_start`.
       steps: of a run without a time budget.
       batch_size: examples of a global batch.
       optimizer, learning_rate, schedule, warmup_steps, weight_decay, clip_norm: see
@@ -118,6 +121,7 @@ class TrainConfig:
       seed: of parameters, dropout, spans and order.
     """
 
+    start: str = "random"
     steps: int = 10_000
     batch_size: int = 256
     optimizer: str = "adamw"
@@ -135,6 +139,60 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ContrastiveConfig:
+    """The second stage: how near a query is to a document. `weight` 0 each leaves it out.
+
+    Attributes:
+      generation, prefix, retrieval: weights of docid cross-entropy, InfoNCE over documents whose
+        docids share a prefix, and InfoNCE over retrieved and in-batch negatives. Without prefix
+        and retrieval there is no second stage.
+      vector: semantic vector; see `genret_jax.modeling.model`.
+      similarity, temperature, learned_temperature, share_negatives: see
+        `genret_jax.modeling.contrastive.info_nce`.
+      source: who retrieves negatives: "model" (the stage-1 model's own beam) or "bm25".
+      prefix_negatives, retrieved_negatives: of an example.
+      prefix_depth: docid tokens in common: "deepest", "sampled", or a number as a string.
+      mined: retrieved negatives kept a query, of which an example draws.
+      mining_beam: of the search that retrieves them.
+      refresh_every: steps after which negatives are retrieved anew; 0 for never.
+      document_length: tokens of title and text that the document's side reads.
+      share: of a time budget.
+      steps, batch_size, learning_rate, warmup_steps, evaluations: as in TrainConfig.
+      chunk: rows encoded at a time (gradient caching); 0 for all at once.
+      store: document vectors on disk: "float32", "bfloat16" or "int8".
+    """
+
+    generation: float = 1.0
+    prefix: float = 0.0
+    retrieval: float = 0.0
+    vector: str = "decoder_first"
+    similarity: str = "cosine"
+    temperature: float = 0.05
+    learned_temperature: bool = False
+    share_negatives: bool = True
+    source: str = "model"
+    prefix_negatives: int = 1
+    retrieved_negatives: int = 1
+    prefix_depth: str = "deepest"
+    mined: int = 16
+    mining_beam: int = 20
+    refresh_every: int = 0
+    document_length: int = 64
+    share: float = 0.4
+    steps: int = 2000
+    batch_size: int = 128
+    learning_rate: float = 1e-3
+    warmup_steps: int = 50
+    evaluations: int = 5
+    chunk: int = 0
+    store: str = "float32"
+
+    @property
+    def wanted(self) -> bool:
+        return self.prefix > 0 or self.retrieval > 0
+
+
+@dataclasses.dataclass(frozen=True)
 class Recipe:
     """Everything that decides what a run does, besides its corpus."""
 
@@ -145,6 +203,7 @@ class Recipe:
     data: DataConfig
     loss: LossConfig
     train: TrainConfig
+    contrastive: ContrastiveConfig
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -157,6 +216,7 @@ _PARTS = {
     "data": DataConfig,
     "loss": LossConfig,
     "train": TrainConfig,
+    "contrastive": ContrastiveConfig,
 }
 _CONFIGURABLE = {
     name: gin.external_configurable(part, name=part.__name__) for name, part in _PARTS.items()
@@ -225,8 +285,34 @@ def load_recipe(
 
 
 # Fields that are shares, and fields that count something and may be 0.
-_SHARES = ("dropout_rate", "title_share", "word_dropout", "held_out", "label_smoothing")
-_MAY_BE_ZERO = ("seed", "warmup_steps", "input_length", "dev_queries")
+_SHARES = (
+    "dropout_rate",
+    "title_share",
+    "frame_share",
+    "word_dropout",
+    "held_out",
+    "label_smoothing",
+    "share",
+)
+_MAY_BE_ZERO = (
+    "seed",
+    "warmup_steps",
+    "input_length",
+    "dev_queries",
+    "prefix_negatives",
+    "retrieved_negatives",
+    "refresh_every",
+    "chunk",
+)
+# Fields that name one of a few.
+_CHOICES = {
+    "dtype": ("float32", "bfloat16"),
+    "start": ("random", "lexical"),
+    "vector": ("decoder_first", "decoder_mean", "encoder_mean"),
+    "similarity": ("cosine", "dot"),
+    "source": ("model", "bm25"),
+    "store": ("float32", "bfloat16", "int8"),
+}
 
 
 def _check(part: Any) -> None:
@@ -248,8 +334,8 @@ def _check(part: Any) -> None:
             problem = f"at least {least}" if value < least else ""
         elif field.name == "indexing_share" and value > 1:
             problem = "at most 1"
-        elif field.name == "dtype" and value not in ("float32", "bfloat16"):
-            problem = "'float32' or 'bfloat16'"
+        elif field.name in _CHOICES and value not in _CHOICES[field.name]:
+            problem = f"one of {', '.join(map(repr, _CHOICES[field.name]))}"
         if problem:
             raise UserError(
                 f"{type(part).__name__}.{field.name} is {value!r}, but must be {problem}"

@@ -4,6 +4,7 @@ retriever/
   retriever.json      what it is: method, network, recipe, corpus, dev metrics
   index.json, spiece.model, vocabulary.json, docids/, trie/, documents.*   the index
   model.safetensors   weights
+  vectors.npy         semantic vectors of the documents, where the method has a second stage
   metrics.json        dev metrics, and those of every split that was evaluated
   README.md           model card
 """
@@ -22,12 +23,15 @@ from typing import TYPE_CHECKING, Any, overload
 import jax
 
 from genret_jax.baselines.protocol import Hit
+from genret_jax.documents import DOCUMENT_FILES
 from genret_jax.errors import UserError
 from genret_jax.files import replace_on_success
 from genret_jax.indexing import FORMAT, Index, read_json
-from genret_jax.modeling.model import Params, RetrievalModel
+from genret_jax.modeling.model import VECTORS, Params, RetrievalModel
 from genret_jax.modeling.network import T5Config
-from genret_jax.ranking import Ranker
+from genret_jax.ranking import Ranked, Ranker
+from genret_jax.scoring import SCORINGS, Fusion
+from genret_jax.vectors import DocumentVectors
 from genret_jax.weights import load_weights, save_weights
 
 if TYPE_CHECKING:
@@ -43,10 +47,16 @@ class RetrievedDocument(Hit):
     Attributes:
       title: of the document.
       docid: its identifier as text.
+      generation: log p(docid | query), in nats.
+      semantic: similarity of query and document; None where the retriever has no vectors.
+      fused: log p / length^alpha + weight * similarity; None where it has none.
     """
 
     title: str
     docid: str
+    generation: float
+    semantic: float | None = None
+    fused: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +66,7 @@ class Retriever:
     Attributes:
       index: vocabulary, docids, trie, documents.
       params: weights, on the device.
+      vectors: of the documents, memory-mapped; None for a retriever without a second stage.
       about: what retriever.json says.
       folder: where it was loaded from or saved to.
 
@@ -68,6 +79,7 @@ class Retriever:
     params: Params
     about: dict[str, Any]
     folder: Path
+    vectors: DocumentVectors | None = None
 
     @property
     def name(self) -> str:
@@ -79,7 +91,7 @@ class Retriever:
         corpus: str | Path | Corpus,
         *,
         out: str | Path,
-        method: str = "dsi",
+        method: str = "dogr",
         minutes: float | None = None,
         **recipe: Any,
     ) -> Retriever:
@@ -99,45 +111,64 @@ class Retriever:
 
     @functools.cached_property
     def ranker(self) -> Ranker:
-        model = RetrievalModel(T5Config(**self.about["network"]), self.index.vocabulary.docids)
+        stage = self.about.get("second_stage", {})
+        model = RetrievalModel(
+            T5Config(**self.about["network"]),
+            self.index.vocabulary.docids,
+            vector=stage.get("vector", VECTORS[0]),
+        )
         return Ranker(
             model=model,
             vocabulary=self.index.vocabulary,
             trie=self.index.trie,
-            document_id=lambda position: self.index.documents[position].id,
+            order=self.index.documents.order,
             input_length=int(self.about["input_length"]),
+            similarity=stage.get("similarity", "cosine"),
+            fusion=Fusion(**self.about.get("fusion", {})),
         )
 
     @overload
     def search(  # type: ignore[overload-overlap]
-        self, queries: str, *, k: int = ..., beam: int = ...
+        self, queries: str, *, k: int = ..., beam: int = ..., scoring: str | None = ...
     ) -> list[RetrievedDocument]: ...
     @overload
     def search(
-        self, queries: Sequence[str], *, k: int = ..., beam: int = ...
+        self,
+        queries: Sequence[str],
+        *,
+        k: int = ...,
+        beam: int = ...,
+        scoring: str | None = ...,
     ) -> list[list[RetrievedDocument]]: ...
 
-    def search(self, queries: Any, *, k: int = 10, beam: int = DEFAULT_BEAM) -> Any:
+    def search(
+        self, queries: Any, *, k: int = 10, beam: int = DEFAULT_BEAM, scoring: str | None = None
+    ) -> Any:
         """The best documents of a query, or of each of several queries.
 
         Args:
           queries: one query, or a sequence of them.
           k: documents at most; a beam smaller than k is widened to it.
           beam: hypotheses kept in decoding: more find more and take longer.
+          scoring: "generation": log p(docid | query), in nats; "semantic": similarity of query
+            and document, among the documents that the beam reached; "fused": both, with the
+            weights that were best on dev. By default fused, where the retriever has vectors.
 
         Returns:
-          Hits, best first: a list for one query, a list of lists for several. The score is
-          log p(docid | query), in nats; documents that share a docid have the same score and
-          stand in descending order of id.
+          Hits, best first: a list for one query, a list of lists for several. Documents of equal
+          score, such as those that share a docid when generation alone is asked for, stand in
+          descending order of id.
 
         Raises:
-          UserError: for k or beam below 1, a query that is no UTF-8, or a single query that is
-            empty; among several queries an empty one has no hits.
+          UserError: for k or beam below 1, a scoring that is unknown or needs vectors that are
+            not there, a query that is no UTF-8, or a single query that is empty; among several
+            queries an empty one has no hits.
         """
+        scoring = self._scoring(scoring)
         if isinstance(queries, str):
             if not queries.strip():
                 raise UserError("the query is empty; write some words")
-            return self.search([queries], k=k, beam=beam)[0]
+            return self.search([queries], k=k, beam=beam, scoring=scoring)[0]
         if k < 1 or beam < 1:
             raise UserError(f"k and beam must be at least 1, found k={k} and beam={beam}")
         for query in queries:
@@ -148,13 +179,29 @@ class Retriever:
         # A query without words has no answer, as with BM25; the others are asked together.
         asked = [query for query in queries if query.strip()]
         beam = min(max(beam, k), len(self.index.trie.rows))
-        ranked = iter(self.ranker.rank(self.params, asked, k=k, beam=beam))
+        vectors = self.vectors.__getitem__ if self.vectors else None
+        found = self.ranker.rank(
+            self.params, asked, k=k, beam=beam, vectors=vectors, scoring=scoring
+        )
+        ranked = iter(found)
         return [
             [self._hit(r, rank) for rank, r in enumerate(next(ranked), 1)] if query.strip() else []
             for query in queries
         ]
 
-    def _hit(self, ranked: Any, rank: int) -> RetrievedDocument:
+    def _scoring(self, asked: str | None) -> str:
+        if asked is None:
+            return "fused" if self.vectors else "generation"
+        if asked not in SCORINGS:
+            raise UserError(f"scoring {asked!r} is not known; choose one of {', '.join(SCORINGS)}")
+        if asked != "generation" and not self.vectors:
+            raise UserError(
+                f"scoring {asked!r} needs document vectors, which {self.folder} has none of; fit "
+                "with --method dogr, or use generation"
+            )
+        return asked
+
+    def _hit(self, ranked: Ranked, rank: int) -> RetrievedDocument:
         document = self.index.documents[ranked.position]
         labels = self.index.table.labels
         tokens = [int(t) for t in self.index.trie.rows[ranked.row] if t > 1]
@@ -164,11 +211,20 @@ class Retriever:
             rank=rank,
             title=document.title,
             docid=" · ".join(labels[t] for t in tokens),
+            generation=ranked.generation,
+            semantic=ranked.semantic,
+            fused=ranked.fused,
         )
 
     def save(self, folder: str | Path) -> None:
         """Writes the whole retriever to a folder, beside it first and then renamed."""
-        write_retriever(self.params, self.about, index_folder=self.folder, folder=folder)
+        write_retriever(
+            self.params,
+            self.about,
+            index_folder=self.folder,
+            folder=folder,
+            vectors=self.vectors,
+        )
 
     @classmethod
     def load(cls, folder: str | Path) -> Retriever:
@@ -189,7 +245,10 @@ class Retriever:
                 "run `genret fit` again"
             ) from None
         params = jax.tree.map(jax.numpy.asarray, load_weights(folder / "model.safetensors"))
-        return cls(index=index, params=params, about=about, folder=folder)
+        vectors = None
+        if "fusion" in about:
+            vectors = DocumentVectors.load(folder, documents=len(index.documents))
+        return cls(index=index, params=params, about=about, folder=folder, vectors=vectors)
 
 
 def find_retriever(folder: Path) -> Path:
@@ -214,7 +273,12 @@ def find_retriever(folder: Path) -> Path:
 
 
 def write_retriever(
-    params: Params, about: dict[str, Any], *, index_folder: Path, folder: str | Path
+    params: Params,
+    about: dict[str, Any],
+    *,
+    index_folder: Path,
+    folder: str | Path,
+    vectors: DocumentVectors | None = None,
 ) -> None:
     """Puts index, weights and metadata together in `folder`, whole or not at all.
 
@@ -224,16 +288,19 @@ def write_retriever(
       index_folder: an index, or another retriever; its files are linked where the file system
         can, and copied where not.
       folder: of the retriever.
+      vectors: of the documents, where there was a second stage.
     """
     with replace_on_success(folder) as temporary:
         temporary.mkdir()
         for name in ("index.json", "spiece.model", "vocabulary.json"):
             _link(index_folder / name, temporary / name)
-        for name in ("documents.jsonl", "documents.offsets.npy"):
+        for name in DOCUMENT_FILES:
             _link(index_folder / name, temporary / name)
         for name in ("docids", "trie"):
             shutil.copytree(index_folder / name, temporary / name, copy_function=_link)
         save_weights(params, temporary / "model.safetensors")
+        if vectors:
+            vectors.save(temporary)
         about = {"format": FORMAT, **about}
         (temporary / "retriever.json").write_text(json.dumps(about, indent=1))
         (temporary / "metrics.json").write_text(json.dumps({"dev": about["dev"]}, indent=1))

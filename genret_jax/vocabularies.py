@@ -93,6 +93,12 @@ class Vocabulary:
         """The same as strings: what title docids are made of."""
         return self._pieces.EncodeAsPieces(text)
 
+    @functools.cached_property
+    def starts_word(self) -> np.ndarray:
+        """bool[text pieces]: whether a piece begins a word (SentencePiece marks it)."""
+        pieces = (self._pieces.IdToPiece(i) for i in range(self.text_size))
+        return np.array([piece.startswith("\u2581") for piece in pieces])
+
     def decode(self, ids: Iterable[int]) -> str:
         """Text of text pieces; padding, EOS and docid tokens are left out."""
         size = self.text_size

@@ -57,6 +57,7 @@ def register_folder(
         SeqioVocabulary(index.vocabulary),
         indexing_share=examples.indexing_share(data.indexing_share),
         title_share=data.title_share,
+        frame_share=data.frame_share,
         word_dropout=data.word_dropout,
     )
     length = data.input_length or examples.input_length()

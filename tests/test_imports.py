@@ -18,9 +18,9 @@ ROOMS = """
     errors files lines records trec corpus documents
     baselines evaluation comparison
     docids trie vocabularies decoding
-    modeling ranking
-    recipe splitting indexing data training
-    weights retriever fit quickstart
+    modeling scoring ranking vectors
+    recipe splitting indexing negatives data training
+    weights retriever stages fit quickstart
     __init__ cli __main__
 """.split()  # noqa: SIM905
 
@@ -29,7 +29,7 @@ ROOMS = """
 SHORTCUTS = {("retriever", "fit")}
 
 # Rooms that may import TensorFlow or SeqIO by name.
-TENSORFLOW_ROOMS = {"data", "training"}
+TENSORFLOW_ROOMS = {"data"}
 
 # What search loads, and what it must not: these cost seconds of start-up, or are not needed there.
 SEARCH_MODULES = [

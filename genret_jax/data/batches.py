@@ -29,10 +29,12 @@ class Pool:
     Attributes:
       arrays: model features, padded.
       rate: of the task in its mixture.
+      name: of the task.
     """
 
     arrays: Arrays
     rate: float
+    name: str = ""
 
     def __len__(self) -> int:
         return len(next(iter(self.arrays.values())))
@@ -78,7 +80,7 @@ def materialise(
         chunks = list(tqdm(reader, desc=name, unit_scale=1024, unit="example", disable=None))
         arrays = {k: _model_dtype(np.concatenate([c[k] for c in chunks])) for k in chunks[0]}
         rate = provider.get_rate(task) if isinstance(provider, seqio.Mixture) else 1.0
-        pools.append(Pool(arrays, rate))
+        pools.append(Pool(arrays, rate, task.name))
     return pools
 
 

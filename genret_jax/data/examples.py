@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Iterable, Sequence
 
@@ -58,16 +59,22 @@ class TrainingExamples:
 
     Attributes:
       queries: text pieces of each (query, relevant document) pair's query.
+      query_documents: int32[pairs], the relevant document's position.
       query_rows: int32[pairs], the docid row to be written.
+      frames: `queries` with 0 in place of the words that few queries share; see `query_frames`.
       titles, bodies: text pieces of each document.
+      title_counts: int32[documents], how many documents have a document's title.
       document_rows: int32[documents], a docid row of each document.
       docids: int32[rows, docid length], rows in the model's id space, 0-padded.
     """
 
     queries: Ragged
+    query_documents: np.ndarray
     query_rows: np.ndarray
+    frames: Ragged
     titles: Ragged
     bodies: Ragged
+    title_counts: np.ndarray
     document_rows: np.ndarray
     docids: np.ndarray
 
@@ -124,14 +131,53 @@ def make_examples(
         rows = rows_of[position]
         query_rows[i] = rows[turn.get(position, 0) % len(rows)]
         turn[position] = turn.get(position, 0) + 1
+    queries = encode([query for query, _ in pairs])
+    titles = collections.Counter(d.title for d in documents)
     return TrainingExamples(
-        queries=encode([query for query, _ in pairs]),
+        queries=queries,
+        query_documents=np.array([position for _, position in pairs], np.int32),
         query_rows=query_rows,
+        frames=query_frames(queries, vocabulary.starts_word),
         titles=encode([d.title for d in documents]),
         bodies=encode([d.text for d in documents]),
+        title_counts=np.array([titles[d.title] for d in documents], np.int32),
         document_rows=np.array([rows[0] for rows in rows_of], np.int32),
         docids=np.asarray(vocabulary.docids.to_model(np.asarray(table.tokens))),
     )
+
+
+_SHARED = 0.005  # of the queries hold a word that belongs to how questions are asked
+
+
+def query_frames(queries: Ragged, starts_word: np.ndarray) -> Ragged:
+    """How queries ask, without what they ask about.
+
+    A word (a piece that begins one, and those that go on with it) that fewer than 0.5 % of the
+    queries hold is what a query is about; its pieces become 0, places for words of a document.
+
+    Args:
+      queries: text pieces.
+      starts_word: bool[pieces], whether a piece begins a word.
+    """
+    words = [_words(queries[i].tolist(), starts_word) for i in range(len(queries))]
+    held = collections.Counter(word for query in words for word in set(query))
+    least = max(2, _SHARED * len(queries))
+    return Ragged.of(
+        [
+            [piece if held[word] >= least else 0 for word in query for piece in word]
+            for query in words
+        ]
+    )
+
+
+def _words(pieces: Sequence[int], starts_word: np.ndarray) -> list[tuple[int, ...]]:
+    """The pieces of a text, word by word."""
+    words: list[list[int]] = []
+    for piece in pieces:
+        if not words or starts_word[piece]:
+            words.append([])
+        words[-1].append(piece)
+    return [tuple(word) for word in words]
 
 
 def _rows_of(table: DocidTable, documents: int) -> list[np.ndarray]:

@@ -3,7 +3,9 @@
 - retrieval: a train query -> the docid of a relevant document.
 - indexing: a piece of a document -> its docid. A piece is the title, the beginning, or a random
   span of the text as in NCI (Wang et al. 2022); spans are as long as queries are, because a model
-  that reads only long spans in training has never seen an input of a query's length.
+  that reads only long spans in training has never seen an input of a query's length. Some spans
+  are put into the frame of a random train query, in place of the words that it is about: a
+  question about this document, in form if not always in sense.
 
 T5X reads these tasks as they are. The native trainer runs them a fixed number of times into memory
 (`genret_jax.data.batches`), because a tf.data map costs more a small example than its training.
@@ -31,6 +33,7 @@ def register(
     *,
     indexing_share: float = 0.3,
     title_share: float = 0.3,
+    frame_share: float = 0.0,
     word_dropout: float = 0.0,
 ) -> str:
     """Registers `NAME_retrieval`, `NAME_indexing` and the mixture `NAME`; replaces earlier ones.
@@ -40,8 +43,10 @@ def register(
       examples: what to learn from.
       vocabulary: for both features.
       indexing_share: share of indexing examples in the mixture; 1 without train queries.
-      title_share: share of titles among the indexing examples; beginnings (title and first
-        words) are a third as many, and the rest are random spans.
+      title_share: share of titles among the indexing examples, where no other document has the
+        same title (one of n documents has its title drawn an n-th as often); beginnings (title
+        and first words) are a third as many, and the rest are random spans.
+      frame_share: share of the spans that are put into the frame of a train query.
       word_dropout: share of text pieces left out of an input at random.
 
     Returns:
@@ -63,7 +68,11 @@ def register(
         rates.append((f"{name}_retrieval", 1 - indexing_share))
     if indexing_share > 0 or not rates:
         pieces = functools.partial(
-            document_pieces, lengths=_span_lengths(examples), title_share=title_share
+            document_pieces,
+            lengths=_span_lengths(examples),
+            frames=examples.frames,
+            title_share=title_share,
+            frame_share=frame_share if len(examples.frames) else 0.0,
         )
         source = indexing_source(examples)
         size = len(examples.document_rows)
@@ -105,14 +114,19 @@ def retrieval_source(examples: TrainingExamples) -> seqio.FunctionDataSource:
 
 
 def indexing_source(examples: TrainingExamples) -> seqio.FunctionDataSource:
-    """{"title", "body": pieces, "targets": docid} for every document."""
+    """{"title", "body": pieces, "title_count", "targets": docid} for every document."""
     read_title, read_body = _reader(examples.titles), _reader(examples.bodies)
-    rows = tf.constant(examples.document_rows)
+    rows, counts = tf.constant(examples.document_rows), tf.constant(examples.title_counts)
     docids = tf.constant(examples.docids)
 
     def example(i: tf.Tensor) -> dict[str, tf.Tensor]:
         targets = _docid(docids, rows[i])
-        return {"title": read_title(i), "body": read_body(i), "targets": targets}
+        return {
+            "title": read_title(i),
+            "body": read_body(i),
+            "title_count": counts[i],
+            "targets": targets,
+        }
 
     return _source(len(examples.document_rows), example)
 
@@ -143,44 +157,77 @@ def _span_lengths(examples: TrainingExamples) -> np.ndarray:
     return np.maximum(quantiles, 3).astype(np.int32)
 
 
-@seqio.map_over_dataset(num_seeds=3)
+@seqio.map_over_dataset(num_seeds=5)
 def _document_piece(
     example: dict[str, tf.Tensor],
     seeds: tf.Tensor,
     *,
     lengths: np.ndarray,
+    frames: Ragged,
     title_share: float,
+    frame_share: float,
 ) -> dict[str, tf.Tensor]:
     title, body = example["title"], example["body"]
     draw = tf.random.stateless_uniform([], seeds[0])
     drawn = tf.random.stateless_uniform([], seeds[1], maxval=len(lengths), dtype=tf.int32)
     length = tf.constant(lengths)[drawn]
-    places = tf.maximum(tf.size(body) - length, 0) + 1
-    start = tf.random.stateless_uniform([], seeds[2], maxval=places, dtype=tf.int32)
-    span = body[start : start + length]
-    beginning = tf.concat([title, body], 0)[:length]
+
+    def span(length: tf.Tensor) -> tf.Tensor:
+        places = tf.maximum(tf.size(body) - length, 0) + 1
+        start = tf.random.stateless_uniform([], seeds[2], maxval=places, dtype=tf.int32)
+        return body[start : start + length]
+
+    def framed() -> tf.Tensor:
+        which = tf.random.stateless_uniform([], seeds[4], maxval=len(frames), dtype=tf.int32)
+        return _framed(_reader(frames)(which), span)
+
+    def plain() -> tf.Tensor:
+        return span(length)
+
+    in_frame = tf.random.stateless_uniform([], seeds[3]) < frame_share
+    of_titles = title_share / tf.cast(example["title_count"], tf.float32)
     has_title, has_body = tf.size(title) > 0, tf.size(body) > 0
     piece = tf.case(
         [
-            (has_title & ((draw < title_share) | ~has_body), lambda: title),
-            (draw < title_share * 4 / 3, lambda: beginning),
+            (has_title & ((draw < of_titles) | ~has_body), lambda: title),
+            (draw < of_titles + title_share / 3, lambda: tf.concat([title, body], 0)[:length]),
+            (in_frame, framed if frame_share else plain),
         ],
-        default=lambda: span,
+        default=plain,
     )
     return {"inputs": piece, "targets": example["targets"]}
 
 
+def _framed(frame: tf.Tensor, span: Callable[[tf.Tensor], tf.Tensor]) -> tf.Tensor:
+    """A query's frame with the pieces of a span in its places, as many as there are of both."""
+    place = tf.cast(tf.equal(frame, 0), tf.int32)
+    words = span(tf.reduce_sum(place))
+    index = tf.cumsum(place) - 1
+    filled = (place == 1) & (index < tf.size(words))
+    padded = tf.concat([words, [0]], 0)
+    pieces = tf.where(filled, tf.gather(padded, tf.clip_by_value(index, 0, tf.size(words))), frame)
+    return tf.boolean_mask(pieces, pieces > 0)
+
+
 def document_pieces(
-    dataset: tf.data.Dataset, *, lengths: np.ndarray, title_share: float
+    dataset: tf.data.Dataset,
+    *,
+    lengths: np.ndarray,
+    frames: Ragged,
+    title_share: float,
+    frame_share: float,
 ) -> tf.data.Dataset:
     """Draws one piece of each document as the input, anew in every epoch.
 
     Args:
       dataset: examples of `indexing_source`.
       lengths: int32[any], span lengths to draw from, evenly.
-      title_share: see `register`.
+      frames: of train queries; may be empty where frame_share is 0.
+      title_share, frame_share: see `register`.
     """
-    return _document_piece(dataset, lengths=lengths, title_share=title_share)
+    return _document_piece(
+        dataset, lengths=lengths, frames=frames, title_share=title_share, frame_share=frame_share
+    )
 
 
 @seqio.map_over_dataset(num_seeds=1)

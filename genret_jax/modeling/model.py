@@ -1,4 +1,13 @@
-"""The model: the network and the docid block of its vocabulary, as loss, scores and search."""
+"""The model: the network and the docid block of its vocabulary, as loss, scores and search.
+
+A text also has a *semantic vector*, by one of three readings of the same network, shared by queries
+and documents:
+
+- decoder_first: the state of the first decoder step, which all docid tokens are scored from.
+- decoder_mean: the mean of the decoder states along the docid, teacher-forced. A query has no docid
+  yet, so its vector is its first state.
+- encoder_mean: the mean of the encoder's output over the text.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +27,7 @@ from genret_jax.vocabularies import DocidSpace
 
 Batch = Mapping[str, Array]
 Params = Any
+VECTORS = ("decoder_first", "decoder_mean", "encoder_mean")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,12 +38,18 @@ class RetrievalModel:
 
     Attributes:
       label_smoothing, z_loss: see `losses.docid_cross_entropy`.
+      vector: which semantic vector; one of VECTORS.
     """
 
     config: T5Config
     docids: DocidSpace
     label_smoothing: float = 0.0
     z_loss: float = 0.0
+    vector: str = "decoder_first"
+
+    def __post_init__(self) -> None:
+        if self.vector not in VECTORS:
+            raise ValueError(f"vector must be one of {VECTORS}, found {self.vector!r}")
 
     @property
     def network(self) -> T5:
@@ -81,14 +97,63 @@ class RetrievalModel:
         self, params: Params, batch: Batch, dropout_rng: Array | None = None
     ) -> Float[Array, "batch length docid_vocab"]:
         """Logits at every position of `decoder_input_tokens`; with dropout when given a key."""
-        states: Any = self.network.apply(
+        return self.docid_logits(params, self.states(params, batch, dropout_rng)[1])
+
+    def states(
+        self, params: Params, batch: Batch, dropout_rng: Array | None = None
+    ) -> tuple[Float[Array, "batch length embed"], Float[Array, "batch docid_length embed"]]:
+        """Encoder output and teacher-forced decoder states of a batch, both normalised."""
+        found: Any = self.network.apply(
             {"params": params},
             batch["encoder_input_tokens"],
             batch["decoder_input_tokens"],
             deterministic=dropout_rng is None,
             rngs={} if dropout_rng is None else {"dropout": dropout_rng},
+            method=T5.states,
         )
-        return self.docid_logits(params, states)
+        return found
+
+    def vectors(
+        self,
+        params: Params,
+        tokens: Int[Array, "batch length"],
+        docids: Int[Array, "batch docid_length"] | None = None,
+        dropout_rng: Array | None = None,
+    ) -> Float[Array, "batch embed"]:
+        """Semantic vectors of texts, as they come: not of length one.
+
+        Args:
+          tokens: int32, text pieces and EOS, 0-padded.
+          docids: int32 local ids, 0-padded, of documents; None for queries. Only read by
+            decoder_mean.
+          dropout_rng: without it, dropout is off.
+        """
+        if docids is None or self.vector != "decoder_mean":
+            docids = jnp.zeros((tokens.shape[0], 1), jnp.int32)
+        inputs = self.docids.to_model(jnp.pad(docids, ((0, 0), (1, 0)))[:, :-1])
+        batch = {"encoder_input_tokens": tokens, "decoder_input_tokens": inputs}
+        if self.vector == "encoder_mean":
+            deterministic = dropout_rng is None
+            rngs = {} if dropout_rng is None else {"dropout": dropout_rng}
+            encoded: Any = self.network.apply(
+                {"params": params},
+                tokens,
+                deterministic=deterministic,
+                rngs=rngs,
+                method=T5.encode,
+            )
+            return _mean(encoded, tokens > 0)
+        _, decoded = self.states(params, batch, dropout_rng)
+        written = (docids > 0).at[:, 0].set(True)
+        return _mean(decoded, written)
+
+    def query_vectors(
+        self, encoded: Array, decoded: Array, tokens: Int[Array, "batch length"]
+    ) -> Float[Array, "batch embed"]:
+        """The same for queries, from `states` computed already."""
+        if self.vector == "encoder_mean":
+            return _mean(encoded, tokens > 0)
+        return decoded[:, 0]
 
     def loss_fn(
         self, params: Params, batch: Batch, dropout_rng: Array | None = None
@@ -156,6 +221,25 @@ class RetrievalModel:
         return constrained_beam_search(
             step, cache, trie, batch=batch, beam=beam, normaliser=normaliser
         )
+
+    def search_and_embed(
+        self,
+        params: Params,
+        encoder_tokens: Int[Array, "batch length"],
+        trie: DeviceTrie,
+        *,
+        beam: int,
+        normaliser: str = "vocabulary",
+    ) -> tuple[BeamResult, Float[Array, "batch embed"]]:
+        """`search`, and the queries' semantic vectors; one program encodes a query once."""
+        found = self.search(params, encoder_tokens, trie, beam=beam, normaliser=normaliser)
+        return found, self.vectors(params, encoder_tokens)
+
+
+def _mean(states: Array, counts: Array) -> Array:
+    """Mean over the length of [batch, length, embed] where bool[batch, length] says so, float32."""
+    weights = counts.astype(jnp.float32)[..., None]
+    return (states.astype(jnp.float32) * weights).sum(1) / jnp.maximum(weights.sum(1), 1.0)
 
 
 def _init_everything(network: T5, encoder_tokens: Array, decoder_tokens: Array) -> Array:

@@ -39,6 +39,8 @@ class T5Config:
         whose updates follow each parameter's size; with Adam's equal updates a small model learns
         several times faster from small embeddings.
       dtype: of activations, "float32" or "bfloat16"; parameters are always float32.
+      learned_temperature: one more parameter, `log_temperature`, a scalar that begins at 0, for
+        contrastive losses; T5X's own network has none.
       remat: recompute each layer in the backward pass: less memory, about a third more time.
     """
 
@@ -55,6 +57,7 @@ class T5Config:
     dtype: str = "float32"
     relative_buckets: int = 32
     relative_max_distance: int = 128
+    learned_temperature: bool = False
     remat: bool = False
 
 
@@ -405,6 +408,10 @@ class T5(nn.Module):
         self.token_embedder = Embed(self.config)
         self.encoder = Encoder(self.config)
         self.decoder = Decoder(self.config)
+        if self.config.learned_temperature:
+            self.log_temperature = partitioning.param_with_axes(
+                "log_temperature", nn.initializers.zeros, (), jnp.float32, axes=()
+            )
 
     def encode(self, tokens: Array, *, deterministic: bool = True) -> Array:
         """int32 [batch, length], 0 = padding -> [batch, length, embed]."""
@@ -420,8 +427,15 @@ class T5(nn.Module):
     def __call__(
         self, encoder_tokens: Array, decoder_tokens: Array, *, deterministic: bool = True
     ) -> Array:
+        return self.states(encoder_tokens, decoder_tokens, deterministic=deterministic)[1]
+
+    def states(
+        self, encoder_tokens: Array, decoder_tokens: Array, *, deterministic: bool = True
+    ) -> tuple[Array, Array]:
+        """Encoder output [batch, length, embed] and decoder states [batch, docid length, embed]."""
         encoded = self.encode(encoder_tokens, deterministic=deterministic)
-        return self.decode(encoded, encoder_tokens, decoder_tokens, deterministic=deterministic)
+        decoded = self.decode(encoded, encoder_tokens, decoder_tokens, deterministic=deterministic)
+        return encoded, decoded
 
     def output_columns(self, select: Any) -> Array:
         """The output matrix after `select`, a function of [embed, vocab] -> [embed, chosen]."""

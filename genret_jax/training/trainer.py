@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +19,9 @@ import optax
 from flax import struct
 from tqdm import tqdm
 
-from genret_jax.data.batches import Batches
+from genret_jax.data.batches import Arrays
 from genret_jax.errors import UserError
-from genret_jax.modeling.model import Params, RetrievalModel
+from genret_jax.modeling.model import Batch, Params
 from genret_jax.recipe import TrainConfig
 from genret_jax.training import partitioning
 from genret_jax.training.budget import Clock, Plan
@@ -33,6 +33,26 @@ from genret_jax.training.optimizers import learning_rate, make_optimizer, set_le
 log = logging.getLogger(__name__)
 Evaluate = Callable[[Params], dict[str, float]]
 _MEASURE_SECONDS = 5.0
+
+
+class Trainable(Protocol):
+    """A model as the trainer sees it; see `RetrievalModel` and `RankingModel`."""
+
+    def init(self, rng: jax.Array) -> tuple[Params, Any]: ...
+
+    def parameter_axes(self) -> Any: ...
+
+    def loss_fn(
+        self, params: Params, batch: Batch, dropout_rng: jax.Array | None = None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]: ...
+
+
+class Numbered(Protocol):
+    """Batches by number; see `Batches` and `ContrastiveBatches`."""
+
+    def __getitem__(self, n: int) -> Arrays: ...
+
+    def shapes(self) -> list[Arrays]: ...
 
 
 @struct.dataclass
@@ -60,14 +80,17 @@ class TrainResult:
 
 
 def train(
-    model: RetrievalModel,
-    batches: Batches,
+    model: Trainable,
+    batches: Numbered,
     *,
     config: TrainConfig,
     folder: Path,
     evaluate: Evaluate | None = None,
     clock: Clock | None = None,
     mesh: jax.sharding.Mesh | None = None,
+    start: Callable[[Params], Params] | None = None,
+    refresh: Callable[[int, Params], None] | None = None,
+    refresh_every: int = 0,
 ) -> TrainResult:
     """Trains to the end of the schedule, or goes on where the run in `folder` stopped.
 
@@ -79,6 +102,10 @@ def train(
       evaluate: parameters -> dev metrics, with `config.metric` among them.
       clock: a time budget; by default the run has `config.steps`.
       mesh: all devices by default.
+      start: fresh parameters -> those to begin with, on the host; the fresh ones by default. Not
+        called where a checkpoint is there.
+      refresh: called with the step and the parameters before every step that `refresh_every`
+        divides, 0 left out; and with the last such step where a run goes on.
 
     Raises:
       Interrupted: after SIGTERM or Ctrl-C, once a checkpoint is written.
@@ -104,6 +131,8 @@ def train(
             if clock.seconds is None and plan.total == 0:  # stopped before its budget was planned
                 plan.total = max(config.steps, plan.step + 1)
             log.info("going on from step %d of %d", plan.step, plan.total)
+        elif start:
+            state = stepper.begin_with(state, start(jax.device_get(state.params)))
         journal = Journal(folder, after_step=plan.step)
         stepper.compile(state, batches)
         loop = _Loop(stepper, batches, config, clock, journal, checkpoints, evaluate)
@@ -111,8 +140,12 @@ def train(
             evaluate(state.params)  # compiles, so that the first timed evaluation does not
         if plan.step == 0:
             loop.evaluate(state, plan)
+        if refresh and plan.step >= refresh_every:
+            refresh(plan.step // refresh_every * refresh_every, state.params)
         with tqdm(initial=plan.step, unit="step", desc="training", disable=None) as bar:
             while not plan.done:
+                if refresh and plan.step and plan.step % refresh_every == 0:
+                    loop.pause(refresh, plan.step, state.params)
                 state = loop.once(state, plan, bar)
                 if interruption.requested and not plan.done:
                     loop.save(state, plan, force=True)
@@ -129,7 +162,7 @@ def train(
 class Stepper:
     """The jitted step, with parameters and optimiser state sharded over a mesh."""
 
-    def __init__(self, model: RetrievalModel, config: TrainConfig, mesh: jax.sharding.Mesh):
+    def __init__(self, model: Trainable, config: TrainConfig, mesh: jax.sharding.Mesh):
         self._model, self._config, self.mesh = model, config, mesh
         self._optimizer = make_optimizer(
             config.optimizer, weight_decay=config.weight_decay, clip_norm=config.clip_norm
@@ -149,7 +182,12 @@ class Stepper:
         step = jax.device_put(jnp.zeros((), jnp.int32), partitioning.replicated(self.mesh))
         return TrainState(params, opt_state, step)
 
-    def compile(self, state: TrainState, batches: Batches) -> None:
+    def begin_with(self, state: TrainState, params: Params) -> TrainState:
+        """The state with other parameters, in the shardings of its own."""
+        put = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), params, state.params)
+        return dataclasses.replace(state, params=put)
+
+    def compile(self, state: TrainState, batches: Numbered) -> None:
         """Compiles the step for every shape of batch, so that no step is slow later."""
         shardings = jax.tree.map(lambda x: x.sharding, state)
         step = jax.jit(self._step, donate_argnums=0, out_shardings=(shardings, None))
@@ -184,7 +222,7 @@ class _Loop:
     def __init__(
         self,
         stepper: Stepper,
-        batches: Batches,
+        batches: Numbered,
         config: TrainConfig,
         clock: Clock,
         journal: Journal,
@@ -268,6 +306,12 @@ class _Loop:
             plan.total or "?",
             ", ".join(f"dev {k} {v:.3f}" for k, v in dev.items()),
         )
+        self._since += time.monotonic() - begin
+
+    def pause(self, work: Callable[..., None], *arguments: Any) -> None:
+        """Does some other work, whose time is not the steps'."""
+        begin = time.monotonic()
+        work(*arguments)
         self._since += time.monotonic() - begin
 
     def save(self, state: TrainState, plan: Plan, *, force: bool = False) -> None:

@@ -1,0 +1,157 @@
+"""Batches of the second stage: those of the first, with documents and negatives beside the queries.
+
+Every example of a mixture belongs to a document, its positive: the relevant one of a train query,
+or the one that a piece was taken from. Negatives are drawn anew for every batch, as a function of
+(seed, batch number), from tables that stand in memory; so resuming needs no iterator state here
+either.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from genret_jax.corpus import Document
+from genret_jax.data.batches import Arrays, Batches, Pool
+from genret_jax.data.examples import TrainingExamples
+from genret_jax.negatives import Negatives, Positives, draw
+from genret_jax.vocabularies import Vocabulary
+
+_SEED = 23  # of negatives, so that they do not follow the order of the examples
+
+
+@dataclasses.dataclass(frozen=True)
+class DocumentSide:
+    """What the model reads of every document.
+
+    Attributes:
+      tokens: int32[documents, length], title and text, EOS included, 0-padded.
+      docids: int32[documents, docid length], local docid ids, 0-padded.
+      row: int32[documents], one number for documents of equal docids.
+    """
+
+    tokens: np.ndarray
+    docids: np.ndarray
+    row: np.ndarray
+
+    @classmethod
+    def of(
+        cls,
+        documents: Sequence[Document],
+        examples: TrainingExamples,
+        vocabulary: Vocabulary,
+        *,
+        length: int,
+    ) -> DocumentSide:
+        docids = vocabulary.docids.to_local(examples.docids[examples.document_rows])
+        _, row = np.unique(docids, axis=0, return_inverse=True)
+        texts = [d.whole for d in documents]
+        tokens = vocabulary.encode_batch(texts, length)
+        used = max(1, int((tokens > 0).sum(1).max(initial=1)))
+        tokens = tokens[:, : min(length, -(-used // 8) * 8)]
+        return cls(tokens, docids.astype(np.int32), row.reshape(-1).astype(np.int32))
+
+
+@dataclasses.dataclass(frozen=True)
+class Questions:
+    """What negatives are retrieved for: the train queries, then the beginning of every document.
+
+    Attributes:
+      texts: one a row.
+      relevant: int32[rows, most], known to answer it, -1-padded.
+    """
+
+    texts: list[str]
+    relevant: np.ndarray
+
+    @classmethod
+    def of(
+        cls, positives: Positives, documents: Sequence[Document], *, characters: int = 200
+    ) -> Questions:
+        texts = [*positives.queries, *(d.whole[:characters] for d in documents)]
+        most = max(1, positives.relevant.shape[1])
+        relevant = np.full((len(texts), most), -1, np.int32)
+        queries = len(positives.queries)
+        relevant[:queries, : positives.relevant.shape[1]] = positives.relevant
+        relevant[queries:, 0] = np.arange(len(documents))
+        return cls(texts, relevant)
+
+
+def with_documents(pool: Pool, examples: TrainingExamples, positives: Positives) -> Pool:
+    """A pool whose examples know their document and their row of Questions."""
+    turn = np.arange(len(pool))  # a task that was run several times holds its examples in turn
+    if pool.name.endswith("retrieval"):
+        pair = turn % len(examples.query_documents)
+        document = examples.query_documents[pair]
+        question = positives.query_of[pair]
+    else:
+        document = turn % len(examples.document_rows)
+        question = len(positives.queries) + document
+    known = {
+        "document_index": np.asarray(document, np.int32),
+        "question_index": np.asarray(question, np.int32),
+    }
+    return dataclasses.replace(pool, arrays={**pool.arrays, **known})
+
+
+Refresh = Callable[[int, Any], Negatives]
+
+
+class ContrastiveBatches:
+    """Batch number n of the second stage, for any n >= 0; see `RankingModel.loss_fn`.
+
+    Args:
+      batches: of pools made by `with_documents`.
+      side: the documents.
+      questions: for the positives of every example.
+      negatives: tables to draw from; a row of `retrieved` for every question.
+      prefix, retrieved: how many negatives of each kind an example gets.
+      seed: of the drawing.
+    """
+
+    def __init__(
+        self,
+        batches: Batches,
+        side: DocumentSide,
+        questions: Questions,
+        negatives: Negatives,
+        *,
+        prefix: int,
+        retrieved: int,
+        seed: int,
+    ):
+        self._batches, self._side, self._questions = batches, side, questions
+        self.negatives = negatives
+        self._counts = (prefix, retrieved)
+        self._seed = seed
+
+    def __getitem__(self, n: int) -> Arrays:
+        batch = self._batches[n]
+        rng = np.random.default_rng([self._seed, _SEED, n])
+        return self._complete(batch, rng)
+
+    def shapes(self) -> list[Arrays]:
+        """An empty batch of every shape there is: what to compile for."""
+        return [self._complete(batch, np.random.default_rng(0)) for batch in self._batches.shapes()]
+
+    def _complete(self, batch: Arrays, rng: np.random.Generator) -> Arrays:
+        batch = dict(batch)
+        question = batch.pop("question_index")
+        document = batch["document_index"]
+        prefix = draw(self.negatives.prefix[document], self._counts[0], rng)
+        retrieved = draw(self.negatives.retrieved[question], self._counts[1], rng)
+        negative = np.concatenate([prefix, retrieved], axis=1).astype(np.int32)
+        return {
+            **batch,
+            "relevant_index": self._questions.relevant[question],
+            "document_row": self._side.row[document],
+            "document_tokens": self._side.tokens[document],
+            "document_docids": self._side.docids[document],
+            "negative_document_index": negative,
+            "negative_document_row": self._side.row[negative],
+            "negative_document_tokens": self._side.tokens[negative],
+            "negative_document_docids": self._side.docids[negative],
+        }

@@ -1,0 +1,109 @@
+"""From what the beam and the vectors say of a document to one score, and its weights from dev."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from jaxtyping import Float32, Int32
+
+from genret_jax.evaluation import evaluate
+from genret_jax.trec import Qrels
+
+SCORINGS = ("fused", "generation", "semantic")
+_ALPHAS = (0.0, 0.5, 1.0)
+# In units of 1 / temperature: at 1 the similarity counts as it did in training.
+_WEIGHTS = (0.0, 0.125, 0.25, 0.375, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 8.0)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Candidates:
+    """The documents that the beam of one query reached, each once, in no order.
+
+    Attributes:
+      positions: of the documents in the corpus.
+      rows: of the trie, through which each was reached (its most probable docid).
+      lengths: tokens of that docid, EOS included.
+      generation: log p(docid | query), in nats.
+      query: semantic vector of the query, of length one where similarity is the cosine.
+      semantic: similarity of query and document; None without vectors.
+    """
+
+    positions: Int32[np.ndarray, " n"]
+    rows: Int32[np.ndarray, " n"]
+    lengths: Int32[np.ndarray, " n"]
+    generation: Float32[np.ndarray, " n"]
+    query: Float32[np.ndarray, " embed"]
+    semantic: Float32[np.ndarray, " n"] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Fusion:
+    """score = log p(docid | query) / length^alpha + weight * similarity.
+
+    Attributes:
+      alpha: 0 takes the probability of the whole docid, 1 its geometric mean a token.
+      weight: of the similarity; 0 ranks by generation alone.
+    """
+
+    alpha: float = 0.0
+    weight: float = 0.0
+
+    def score(self, found: Candidates, scoring: str = "fused") -> Float32[np.ndarray, " n"]:
+        """One number a candidate.
+
+        Args:
+          found: with similarities, unless scoring is "generation".
+          scoring: "fused"; "generation", log p alone; or "semantic", the similarity alone.
+        """
+        if scoring == "generation":
+            return found.generation
+        if found.semantic is None:
+            raise ValueError(f"scoring {scoring!r} needs document vectors, and there are none")
+        if scoring == "semantic":
+            return found.semantic
+        mean = found.generation / found.lengths.astype(np.float32) ** np.float32(self.alpha)
+        return mean + np.float32(self.weight) * found.semantic
+
+
+def fit_fusion(
+    found: Mapping[str, Candidates],
+    qrels: Qrels,
+    document_ids: Sequence[str],
+    *,
+    temperature: float,
+    metric: str,
+) -> tuple[Fusion, dict[float, float]]:
+    """The weights with the best dev metric; among equals, those nearest to training's.
+
+    Args:
+      found: dev query id -> candidates with similarities.
+      qrels: judgements of the dev queries.
+      document_ids: by position.
+      temperature: of the contrastive loss, which sets the unit of the weight.
+      metric: for example "mrr@10".
+
+    Returns:
+      The weights, and the metric over the weight of the similarity at the chosen alpha.
+    """
+    lengths = {int(n) for c in found.values() for n in np.unique(c.lengths)}
+    alphas = _ALPHAS if len(lengths) > 1 else (0.0,)
+    values: dict[tuple[float, float], float] = {}
+    for alpha, weight in itertools.product(alphas, _WEIGHTS):
+        fusion = Fusion(alpha, weight / temperature)
+        run = {
+            query: dict(
+                zip(
+                    (document_ids[p] for p in c.positions.tolist()),
+                    fusion.score(c).tolist(),
+                    strict=True,
+                )
+            )
+            for query, c in found.items()
+        }
+        values[alpha, weight] = evaluate(run, qrels, (metric,))[metric]
+    alpha, weight = max(values, key=lambda key: (values[key], -abs(key[1] - 1.0), -key[0]))
+    curve = {w / temperature: v for (a, w), v in values.items() if a == alpha}
+    return Fusion(alpha, weight / temperature), curve

@@ -1,0 +1,147 @@
+"""What both stages are given, and what they do alike."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+
+from genret_jax.corpus import Document
+from genret_jax.data.batches import Batches, Pool, length_buckets, materialise
+from genret_jax.data.examples import TrainingExamples, make_examples
+from genret_jax.data.tasks import register
+from genret_jax.data.vocabulary import SeqioVocabulary
+from genret_jax.documents import descending
+from genret_jax.indexing import Index
+from genret_jax.modeling.model import RetrievalModel
+from genret_jax.ranking import Ranker
+from genret_jax.recipe import Recipe
+from genret_jax.scoring import Candidates, Fusion
+from genret_jax.splitting import Split
+
+log = logging.getLogger(__name__)
+DEV_BEAM = 10
+_DEV_METRICS = ("hits@1", "hits@10", "mrr@10")
+_MOST_PIECES = 400_000  # of documents, read before training begins: two minutes of a CPU
+_TASKS = "genret"
+
+
+@dataclasses.dataclass(frozen=True)
+class Materials:
+    """A corpus made ready for training.
+
+    Attributes:
+      documents: of the corpus.
+      split: train pairs and dev queries.
+      index: vocabulary, docids, trie.
+      recipe: of the run.
+    """
+
+    documents: Sequence[Document]
+    split: Split
+    index: Index
+    recipe: Recipe
+
+    @functools.cached_property
+    def examples(self) -> TrainingExamples:
+        index = self.index
+        return make_examples(self.documents, self.split.pairs, index.vocabulary, index.table)
+
+    @functools.cached_property
+    def document_ids(self) -> list[str]:
+        return [document.id for document in self.documents]
+
+    @functools.cached_property
+    def input_length(self) -> int:
+        return self.recipe.data.input_length or self.examples.input_length()
+
+    @functools.cached_property
+    def model(self) -> RetrievalModel:
+        recipe = self.recipe
+        config = dataclasses.replace(
+            recipe.network.t5(self.index.vocabulary.size),
+            learned_temperature=recipe.contrastive.wanted
+            and recipe.contrastive.learned_temperature,
+        )
+        return RetrievalModel(
+            config,
+            self.index.vocabulary.docids,
+            vector=recipe.contrastive.vector,
+            **dataclasses.asdict(recipe.loss),
+        )
+
+    def ranker(self, fusion: Fusion | None = None) -> Ranker:
+        return Ranker(
+            model=self.model,
+            vocabulary=self.index.vocabulary,
+            trie=self.index.trie,
+            order=descending(self.document_ids),
+            input_length=self.input_length,
+            similarity=self.recipe.contrastive.similarity,
+            fusion=fusion or Fusion(),
+        )
+
+    @functools.cached_property
+    def metrics(self) -> tuple[str, ...]:
+        """What is measured on dev."""
+        return tuple(dict.fromkeys((*_DEV_METRICS, self.recipe.train.metric)))
+
+    @functools.cached_property
+    def pools(self) -> list[Pool]:
+        """The tasks of the mixture, read into memory."""
+        data, examples = self.recipe.data, self.examples
+        share = examples.indexing_share(data.indexing_share)
+        log.info("%d train pairs; %.0f %% indexing examples", len(examples.queries), 100 * share)
+        register(
+            _TASKS,
+            examples,
+            SeqioVocabulary(self.index.vocabulary),
+            indexing_share=share,
+            title_share=data.title_share,
+            frame_share=data.frame_share,
+            word_dropout=data.word_dropout,
+        )
+        most = max(1, _MOST_PIECES // len(self.documents))
+        return materialise(
+            _TASKS,
+            lengths={"inputs": self.input_length, "targets": self.index.trie.max_length},
+            passes={
+                "indexing": min(data.indexing_passes, most),
+                "retrieval": 4 if data.word_dropout else 1,
+            },
+            seed=self.recipe.train.seed,
+        )
+
+    def batches(self, pools: Sequence[Pool], *, batch_size: int) -> Batches:
+        used = np.concatenate([(p.arrays["encoder_input_tokens"] > 0).sum(1) for p in pools])
+        return Batches(
+            pools,
+            batch_size=batch_size,
+            seed=self.recipe.train.seed,
+            buckets=length_buckets(used, self.input_length),
+            shard=(jax.process_index(), jax.process_count()),
+        )
+
+
+def run_of_candidates(
+    found: Mapping[str, Candidates],
+    ranker: Ranker,
+    document_ids: Sequence[str],
+    *,
+    scoring: str,
+) -> dict[str, dict[str, float]]:
+    """Query id -> document id -> score."""
+    return {
+        query: dict(
+            zip(
+                (document_ids[p] for p in c.positions.tolist()),
+                ranker.fusion.score(c, scoring).tolist(),
+                strict=True,
+            )
+        )
+        for query, c in found.items()
+    }

@@ -1,0 +1,56 @@
+"""Stage 1: the model learns docids, from train queries and from pieces of the documents."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+from genret_jax.evaluation import evaluate
+from genret_jax.modeling.model import Params
+from genret_jax.stages.common import DEV_BEAM, Materials, run_of_candidates
+from genret_jax.training.budget import Clock
+from genret_jax.training.lexical_start import lexical_start
+from genret_jax.training.trainer import Evaluate, TrainResult, train
+
+
+def train_docids(materials: Materials, folder: Path, clock: Clock) -> TrainResult:
+    """Trains with docid cross-entropy, or goes on where the run in `folder` stopped."""
+    config = materials.recipe.train
+    return train(
+        materials.model,
+        materials.batches(materials.pools, batch_size=config.batch_size),
+        config=config,
+        folder=folder,
+        evaluate=_dev_evaluation(materials),
+        clock=clock,
+        start=_start(materials),
+    )
+
+
+def _start(materials: Materials) -> Callable[[Params], Params] | None:
+    config, model = materials.recipe.train, materials.model
+    if config.start == "random":
+        return None
+    return functools.partial(
+        lexical_start,
+        examples=materials.examples,
+        config=model.config,
+        docids=model.docids,
+        seed=config.seed,
+    )
+
+
+def _dev_evaluation(materials: Materials) -> Evaluate | None:
+    split = materials.split
+    if not split.dev_queries:
+        return None
+    names, texts = list(split.dev_queries), list(split.dev_queries.values())
+    ranker = materials.ranker()
+
+    def run(params: Params) -> dict[str, float]:
+        found = dict(zip(names, ranker.candidates(params, texts, beam=DEV_BEAM), strict=True))
+        scores = run_of_candidates(found, ranker, materials.document_ids, scoring="generation")
+        return evaluate(scores, split.dev_qrels, materials.metrics)
+
+    return run

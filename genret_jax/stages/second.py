@@ -1,0 +1,285 @@
+"""Stage 2: how near a query is to a document, learned on what stage 1 confuses.
+
+mine negatives -> train with the joint loss -> encode the documents -> fit the weights of fusion
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from genret_jax.data.contrastive import (
+    ContrastiveBatches,
+    DocumentSide,
+    Questions,
+    with_documents,
+)
+from genret_jax.docids.features import unit_length
+from genret_jax.evaluation import evaluate
+from genret_jax.modeling.contrastive import JointWeights
+from genret_jax.modeling.model import Params
+from genret_jax.modeling.ranking_model import RankingModel
+from genret_jax.negatives import (
+    Negatives,
+    bm25_search,
+    known_positives,
+    mine,
+    prefix_negatives,
+)
+from genret_jax.ranking import Ranker, with_similarity
+from genret_jax.recipe import ContrastiveConfig, TrainConfig
+from genret_jax.scoring import SCORINGS, Candidates, Fusion, fit_fusion
+from genret_jax.stages.common import DEV_BEAM, Materials, run_of_candidates
+from genret_jax.training.budget import Clock
+from genret_jax.training.trainer import TrainResult, train
+from genret_jax.vectors import DocumentVectors
+
+log = logging.getLogger(__name__)
+_ENCODE = 64  # documents encoded at a time
+_FUSION_BEAM = 100  # what a search uses when nothing else is asked
+_PREFIX_POOL = 16  # prefix negatives kept a document
+
+
+@dataclasses.dataclass(frozen=True)
+class SecondStage:
+    """What stage 2 made.
+
+    Attributes:
+      result: of its training.
+      vectors: of the documents, with the parameters that were best on dev.
+      fusion: weights fitted on dev.
+      report: for retriever.json: negatives, fusion and its curve on dev.
+    """
+
+    result: TrainResult
+    vectors: DocumentVectors
+    fusion: Fusion
+    report: dict[str, Any]
+
+
+def train_ranking(materials: Materials, params: Params, folder: Path, clock: Clock) -> SecondStage:
+    """Trains stage 2 from the parameters of stage 1, or goes on where `folder` stopped.
+
+    Args:
+      materials: the corpus, made ready.
+      params: of stage 1, on the host.
+      folder: of this stage: negatives, checkpoints and metrics.
+      clock: of the whole run.
+    """
+    config = materials.recipe.contrastive
+    side = DocumentSide.of(
+        materials.documents,
+        materials.examples,
+        materials.index.vocabulary,
+        length=config.document_length,
+    )
+    miner = _Miner(materials, side, folder / "negatives")
+    batches = ContrastiveBatches(
+        materials.batches(
+            [with_documents(p, materials.examples, miner.positives) for p in materials.pools],
+            batch_size=config.batch_size,
+        ),
+        side,
+        miner.questions,
+        miner.negatives(0, params),
+        prefix=config.prefix_negatives if config.prefix else 0,
+        retrieved=config.retrieved_negatives if config.retrieval else 0,
+        seed=materials.recipe.train.seed,
+    )
+
+    def refresh(step: int, now: Params) -> None:
+        batches.negatives = miner.negatives(step, now)
+
+    encoder = DocumentEncoder(materials, side)
+    result = train(
+        ranking_model(materials),
+        batches,
+        config=_train_config(materials.recipe.train, config),
+        folder=folder,
+        evaluate=_dev_evaluation(materials, encoder),
+        clock=clock,
+        start=lambda _: params,
+        refresh=refresh if config.refresh_every else None,
+        refresh_every=config.refresh_every,
+    )
+    vectors = DocumentVectors.of(encoder.all(result.params), store=config.store)
+    fusion, curve = _fit_fusion(materials, result.params, vectors)
+    report = {
+        "negatives": batches.negatives.report(),
+        "fusion": {**dataclasses.asdict(fusion), "dev": curve},
+        "vectors": {"store": config.store, "bytes": vectors.num_bytes},
+    }
+    return SecondStage(result, vectors, fusion, report)
+
+
+def ranking_model(materials: Materials) -> RankingModel:
+    """The model of stage 2 as the recipe wants it."""
+    config = materials.recipe.contrastive
+    return RankingModel(
+        materials.model,
+        JointWeights(config.generation, config.prefix, config.retrieval),
+        similarity=config.similarity,  # type: ignore[arg-type]
+        temperature=config.temperature,
+        share_negatives=config.share_negatives,
+        prefix_negatives=config.prefix_negatives if config.prefix else 0,
+        chunk=config.chunk,
+    )
+
+
+def _train_config(config: TrainConfig, second: ContrastiveConfig) -> TrainConfig:
+    names = ("steps", "batch_size", "learning_rate", "warmup_steps", "evaluations")
+    return dataclasses.replace(config, **{name: getattr(second, name) for name in names})
+
+
+class _Miner:
+    """Negatives of this corpus by given parameters, kept in a folder."""
+
+    def __init__(self, materials: Materials, side: DocumentSide, folder: Path):
+        self._materials, self._side, self._folder = materials, side, folder
+        self.positives = known_positives(materials.split.pairs)
+        self.questions = Questions.of(self.positives, materials.documents)
+
+    def negatives(self, step: int, params: Params) -> Negatives:
+        """Those of a step, from the folder where they were made before."""
+        config, seed = self._materials.recipe.contrastive, self._materials.recipe.train.seed
+        folder = self._folder / str(step)
+        digest = self._digest()
+        if (folder / "negatives.json").is_file():
+            found = Negatives.load(folder)
+            if found.digest == digest:
+                return found
+        depth: Any = config.prefix_depth
+        trie, documents = self._materials.index.trie, len(self._materials.documents)
+        made = Negatives(
+            prefix=prefix_negatives(
+                trie,
+                np.arange(documents),
+                depth=int(depth) if depth.isdecimal() else depth,
+                count=max(config.prefix_negatives, _PREFIX_POOL),
+                rng=np.random.default_rng([seed, step]),
+            ),
+            retrieved=mine(
+                self._search(params),
+                self.questions.texts,
+                self.questions.relevant,
+                count=max(config.mined, config.retrieved_negatives),
+            ),
+            digest=digest,
+            source=config.source,
+            depth=depth,
+        )
+        made.save(folder)
+        return Negatives.load(folder)
+
+    def _digest(self) -> str:
+        about = [self._materials.recipe.to_dict(), self._materials.index.about["fingerprint"]]
+        return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+
+    def _search(self, params: Params) -> Any:
+        config = self._materials.recipe.contrastive
+        if config.source == "bm25":
+            return bm25_search(self._materials.documents)
+        ranker = self._materials.ranker()
+        beam = min(config.mining_beam, len(self._materials.index.trie.rows))
+        on_device = jax.device_put(params)
+
+        def search(queries: list[str], k: int) -> list[np.ndarray]:
+            found = ranker.rank(on_device, queries, k=k, beam=beam)
+            return [np.array([r.position for r in hits], np.int32) for hits in found]
+
+        return search
+
+
+class DocumentEncoder:
+    """Documents -> semantic vectors, of length one where similarity is the cosine."""
+
+    def __init__(self, materials: Materials, side: DocumentSide):
+        self._side = side
+        self._cosine = materials.recipe.contrastive.similarity == "cosine"
+        self._encode = jax.jit(materials.model.vectors)
+
+    def some(self, params: Params, positions: np.ndarray, *, quiet: bool = True) -> np.ndarray:
+        """float32[positions, embed]."""
+        out = []
+        with tqdm(
+            total=len(positions), unit="document", desc="encoding", disable=quiet or None
+        ) as bar:
+            for start in range(0, len(positions), _ENCODE):
+                rows = np.resize(positions[start : start + _ENCODE], _ENCODE)
+                found = self._encode(params, self._side.tokens[rows], self._side.docids[rows])
+                out.append(np.asarray(found, np.float32))
+                bar.update(min(_ENCODE, len(positions) - start))
+        vectors = np.concatenate(out)[: len(positions)]
+        return unit_length(vectors) if self._cosine else vectors
+
+    def all(self, params: Params) -> np.ndarray:
+        return self.some(jax.device_put(params), np.arange(len(self._side.tokens)), quiet=False)
+
+
+def _dev_candidates(
+    materials: Materials, params: Params, ranker: Ranker, beam: int
+) -> dict[str, Candidates]:
+    queries = materials.split.dev_queries
+    beam = min(beam, len(materials.index.trie.rows))
+    found = ranker.candidates(params, list(queries.values()), beam=beam)
+    return dict(zip(queries, found, strict=True))
+
+
+def _dev_evaluation(materials: Materials, encoder: DocumentEncoder) -> Any:
+    """Dev metrics of the fused score, with the weight of the similarity that is best just now."""
+    split, recipe = materials.split, materials.recipe
+    if not split.dev_queries:
+        return None
+    ranker = materials.ranker()
+
+    def run(params: Params) -> dict[str, float]:
+        reached = _dev_candidates(materials, params, ranker, DEV_BEAM)
+        # Vectors change with every step: only those of documents that were reached are needed.
+        positions = np.unique(np.concatenate([c.positions for c in reached.values()]))
+        vectors = encoder.some(params, positions)
+        found = {
+            query: with_similarity(c, lambda p: vectors[np.searchsorted(positions, p)])
+            for query, c in reached.items()
+        }
+        fusion, _ = fit_fusion(
+            found,
+            split.dev_qrels,
+            materials.document_ids,
+            temperature=recipe.contrastive.temperature,
+            metric=recipe.train.metric,
+        )
+        fused = dataclasses.replace(ranker, fusion=fusion)
+        values: dict[str, float] = {}
+        for scoring in SCORINGS:
+            prefix = "" if scoring == "fused" else f"{scoring}_"
+            scores = run_of_candidates(found, fused, materials.document_ids, scoring=scoring)
+            metrics = evaluate(scores, split.dev_qrels, materials.metrics)
+            values |= {f"{prefix}{name}": value for name, value in metrics.items()}
+        return values
+
+    return run
+
+
+def _fit_fusion(
+    materials: Materials, params: Params, vectors: DocumentVectors
+) -> tuple[Fusion, dict[float, float]]:
+    config = materials.recipe.contrastive
+    if not materials.split.dev_queries:
+        log.warning("no dev queries: the similarity gets the weight it had in training")
+        return Fusion(0.0, 1.0 / config.temperature), {}
+    reached = _dev_candidates(materials, jax.device_put(params), materials.ranker(), _FUSION_BEAM)
+    return fit_fusion(
+        {query: with_similarity(c, vectors.__getitem__) for query, c in reached.items()},
+        materials.split.dev_qrels,
+        materials.document_ids,
+        temperature=config.temperature,
+        metric=materials.recipe.train.metric,
+    )

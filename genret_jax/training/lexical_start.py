@@ -1,0 +1,193 @@
+"""Fresh parameters that already match words: a network that begins as latent semantic analysis.
+
+A small network trained from scratch must learn from a few queries a document which documents each
+word speaks for. Counting knows that before the first step: with the singular value decomposition
+X = U S V' of the weighted document-by-piece matrix (Deerwester et al. 1990), a query is near a
+document when the sum of its pieces' vectors is near the document's. The parameters are set so that
+the first decoder state is that sum and the logit of a docid token is its inner product with the
+documents that carry the token:
+
+- A piece's embedding is its vector, of a length below one, completed to length one in a dimension
+  of its own, so that the encoder's norm keeps how much the piece counts.
+- Cross-attention in the last decoder layer averages over the input: its queries are zero, and its
+  value and output matrices are each other's transposes, without that extra dimension.
+- Every other layer begins as the identity: its output matrices are zero.
+- A docid token's output column is the mean direction of the documents that carry it.
+
+Everything is trained from there. What this buys is in the README.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+import scipy.sparse
+from sklearn.utils.extmath import randomized_svd
+from threadpoolctl import threadpool_limits
+
+from genret_jax.data.examples import Ragged, TrainingExamples
+from genret_jax.modeling.model import Params
+from genret_jax.modeling.network import T5Config
+from genret_jax.vocabularies import DocidSpace
+
+_SATURATION = 0.9  # BM25's k1
+_LENGTH = 0.4  # BM25's b
+_COMMON = 95  # percentile of the pieces' weights that counts as full weight
+_SHARPNESS = 1.5  # logits at the start are up to this times sqrt(embed)
+
+
+def lexical_start(
+    params: Params,
+    examples: TrainingExamples,
+    config: T5Config,
+    docids: DocidSpace,
+    *,
+    seed: int = 0,
+) -> Params:
+    """Parameters that score documents as latent semantic analysis does.
+
+    Args:
+      params: fresh ones, on the host: a tree of float32 arrays.
+      examples: texts and train queries of the documents; never those of dev or test.
+      config: of the network.
+      docids: where docid tokens stand.
+      seed: of the decomposition and the rotation.
+
+    Returns:
+      A tree of the same shapes.
+    """
+    rank = min(config.embed_dim - 1, config.num_heads * config.head_dim)
+    pieces, documents = semantic_vectors(examples, docids.start, rank=rank, seed=seed)
+    params = jax.tree.map(np.array, params)
+    _silence(params)
+    _set_embeddings(params["token_embedder"]["embedding"], pieces)
+    attention = params["decoder"][f"layers_{config.num_decoder_layers - 1}"]
+    _set_attention(attention["encoder_decoder_attention"], rank, seed)
+    columns = _docid_columns(examples, documents, docids) * _SHARPNESS
+    block = slice(docids.start, docids.start + docids.size - 2)
+    if config.tied_embeddings:
+        # The network multiplies by embed^-1/2 where input and output share the embedding.
+        rows = np.zeros((len(columns), config.embed_dim), np.float32)
+        rows[:, :rank] = columns * config.embed_dim**0.5
+        params["token_embedder"]["embedding"][block] = rows
+    else:
+        kernel = params["decoder"]["logits_dense"]["kernel"]
+        kernel[:, block] = 0.0
+        kernel[:rank, block] = columns.T
+    return params
+
+
+def semantic_vectors(
+    examples: TrainingExamples, pieces: int, *, rank: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Latent semantic analysis of the documents, their train queries included.
+
+    Args:
+      examples: tokens of titles, bodies and queries.
+      pieces: text pieces in the vocabulary.
+      rank: dimensions wanted; those beyond what the matrix has are zero.
+      seed: of the randomised decomposition.
+
+    Returns:
+      float32[pieces, rank], a query being the sum of its pieces' vectors, and float32[documents,
+      rank] of length one (zero for a document without text).
+    """
+    counts = _counts(examples, pieces)
+    documents = counts.shape[0]
+    frequency = np.bincount(counts.col, minlength=pieces)
+    weight = np.sqrt(np.log1p((documents - frequency + 0.5) / (frequency + 0.5)))
+    length = np.bincount(counts.row, counts.data, minlength=documents)
+    relative = length[counts.row] / max(length.mean(), 1e-9)
+    saturated = counts.data / (counts.data + _SATURATION * (1 - _LENGTH + _LENGTH * relative))
+    matrix = scipy.sparse.csr_matrix(
+        ((saturated * weight[counts.col]).astype(np.float32), (counts.row, counts.col)),
+        shape=counts.shape,
+    )
+    with threadpool_limits(1):  # the last bits must not depend on the number of threads
+        left, scale, right = randomized_svd(
+            matrix, n_components=min(rank, *matrix.shape), n_iter=4, random_state=seed
+        )
+    piece_vectors = right.T * weight[:, None]
+    document_vectors = left * scale
+    lengths = np.linalg.norm(document_vectors, axis=1, keepdims=True)
+    document_vectors /= np.where(lengths > 1e-6, lengths, 1.0)
+    missing = ((0, 0), (0, rank - len(scale)))
+    return (
+        np.pad(piece_vectors, missing).astype(np.float32),
+        np.pad(document_vectors, missing).astype(np.float32),
+    )
+
+
+def _counts(examples: TrainingExamples, pieces: int) -> scipy.sparse.coo_matrix:
+    """How often each document and its train queries hold each piece: [documents, pieces]."""
+    documents = len(examples.document_rows)
+
+    def cells(sequences: Ragged, owners: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return np.repeat(owners, sequences.lengths), sequences.values
+
+    everyone = np.arange(documents)
+    parts = [
+        cells(examples.titles, everyone),
+        cells(examples.bodies, everyone),
+        cells(examples.queries, examples.query_documents),
+    ]
+    rows, columns = (np.concatenate(x) for x in zip(*parts, strict=True))
+    ones = np.ones(len(rows), np.float32)
+    counts = scipy.sparse.coo_matrix((ones, (rows, columns)), shape=(documents, pieces))
+    counts.sum_duplicates()
+    return counts
+
+
+def _silence(params: Params) -> None:
+    """Output matrices of attention and MLP become zero: each layer is the identity."""
+
+    def visit(node: Any) -> None:
+        for name, child in node.items():
+            if name in ("out", "wo"):
+                child["kernel"][:] = 0.0
+            elif isinstance(child, dict):
+                visit(child)
+
+    visit(params)
+
+
+def _set_embeddings(embedding: np.ndarray, pieces: np.ndarray) -> None:
+    """Rows of length sqrt(embed), whose first dimensions are the pieces' vectors."""
+    embed, rank = embedding.shape[1], pieces.shape[1]
+    lengths = np.linalg.norm(pieces, axis=1)
+    full = max(float(np.percentile(lengths, _COMMON)), 1e-9)
+    shorter = np.minimum(lengths / full, 1.0) / np.where(lengths > 1e-9, lengths, 1.0)
+    vectors = pieces * shorter[:, None]
+    rest = np.sqrt(np.maximum(1.0 - np.square(vectors).sum(1), 0.0))
+    rows = embedding[: len(pieces)]
+    rows[:] = 0.0
+    rows[:, :rank] = vectors
+    rows[:, -1] = rest
+    rows *= embed**0.5
+    rows[0] = 0.0  # padding, which is what the decoder begins with
+
+
+def _set_attention(attention: Any, rank: int, seed: int) -> None:
+    """Cross-attention that averages over its input and passes the first `rank` dimensions on."""
+    joined = attention["value"]["kernel"].shape[1]
+    rng = np.random.default_rng([seed, 17])
+    rotation = np.linalg.qr(rng.normal(size=(joined, rank)))[0].T.astype(np.float32)
+    attention["query"]["kernel"][:] = 0.0
+    attention["value"]["kernel"][:] = 0.0
+    attention["value"]["kernel"][:rank] = rotation
+    attention["out"]["kernel"][:, :rank] = rotation.T
+
+
+def _docid_columns(
+    examples: TrainingExamples, documents: np.ndarray, docids: DocidSpace
+) -> np.ndarray:
+    """float32[docid tokens, rank]: mean direction of the documents that carry each token."""
+    rows = docids.to_local(examples.docids[examples.document_rows])
+    columns = np.zeros((docids.size, documents.shape[1]), np.float32)
+    for tokens in rows.T:
+        np.add.at(columns, tokens, documents)
+    columns = columns[2:]
+    lengths = np.linalg.norm(columns, axis=1, keepdims=True)
+    return columns / np.where(lengths > 1e-6, lengths, 1.0)
