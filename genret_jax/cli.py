@@ -27,13 +27,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb.
 
     Returns:
-      The exit code: 0, 2 for a user's mistake, 128 + n after signal n.
+      The exit code: 0, 1 where a part of an ablation failed, 2 for a user's mistake, 128 + n
+      after signal n.
     """
     arguments = _parser().parse_args(argv)
     arguments.started = time.monotonic()  # a time budget counts everything from here
     _quiet()
     try:
-        arguments.run(arguments)
+        return arguments.run(arguments) or 0
     except UserError as error:
         print(f"genret: {error}", file=sys.stderr)
         return 2
@@ -50,7 +51,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         place = f"{error.filename}: " if error.filename else ""
         print(f"genret: {place}{error.strerror or error}", file=sys.stderr)
         return 2
-    return 0
 
 
 def _quiet() -> None:
@@ -104,14 +104,14 @@ def search(arguments: argparse.Namespace) -> None:
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
-    from genret_jax.comparison import baseline, compare
+    from genret_jax.comparison import Asked, baseline, compare
     from genret_jax.corpus import write_run
     from genret_jax.retriever import Retriever, find_retriever
 
     retriever = Retriever.load(arguments.run_folder)
     corpus = _corpus_of(retriever, arguments.corpus)
     searchers: dict[str, Any] = {
-        retriever.name: _AsAsked(retriever, arguments.beam, arguments.scoring)
+        retriever.name: Asked(retriever, beam=arguments.beam, scoring=arguments.scoring)
     }
     searchers |= {name: baseline(name, corpus) for name in arguments.baseline}
     comparison = compare(searchers, corpus, split=arguments.split)
@@ -121,7 +121,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     _print(
         arguments,
         comparison.to_dict(),
-        f"{comparison.table()}\n\nwritten: {', '.join(map(str, paths))}",
+        f"{comparison.text()}\n\nwritten: {', '.join(map(str, paths))}",
     )
     if arguments.run_file:
         write_run(comparison.runs[retriever.name], arguments.run_file, tag=retriever.name)
@@ -135,23 +135,29 @@ def _add_metrics(path: Path, split: str, values: dict[str, float]) -> None:
         temporary.write_text(json.dumps(metrics, indent=1))
 
 
-class _AsAsked:
-    """A retriever as the Searcher of an evaluation: beam and scoring set, and a progress bar."""
+def ablate(arguments: argparse.Namespace) -> int:
+    from genret_jax.ablation import FILES
+    from genret_jax.ablation import ablate as run_ablate
 
-    def __init__(self, retriever: Retriever, beam: int, scoring: str | None):
-        self._retriever, self._beam, self._scoring = retriever, beam, scoring
-        self.name = retriever.name
-
-    def search(self, queries: Sequence[str], *, k: int) -> list[Any]:
-        from tqdm import tqdm
-
-        hits: list[Any] = []
-        with tqdm(total=len(queries), unit="query", desc=self.name, disable=None) as bar:
-            for start in range(0, len(queries), 64):
-                chunk = queries[start : start + 64]
-                hits += self._retriever.search(chunk, k=k, beam=self._beam, scoring=self._scoring)
-                bar.update(len(chunk))
-        return hits
+    out = Path(arguments.out)
+    report = run_ablate(
+        arguments.corpus,
+        out=out,
+        variants=arguments.variants,
+        docids=arguments.docids,
+        seeds=arguments.seeds,
+        split=arguments.split,
+        minutes=arguments.minutes,
+        size=arguments.size,
+        gin_files=arguments.gin_file,
+        bindings=arguments.gin,
+    )
+    written = [str(out / name) for name in FILES]
+    text = f"{report.markdown()}\nwritten: {', '.join(written)}"
+    _print(arguments, {"out": str(out), **report.to_dict(), "written": written}, text)
+    for name, reason in report.failures.items():
+        print(f"genret: {name} failed: {reason}", file=sys.stderr)
+    return 1 if report.failures else 0
 
 
 def index(arguments: argparse.Namespace) -> None:
@@ -264,7 +270,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"genret_jax {__version__}")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
-    def verb(run: Callable[..., None], help: str, example: str) -> argparse.ArgumentParser:
+    def verb(run: Callable[..., int | None], help: str, example: str) -> argparse.ArgumentParser:
         command = verbs.add_parser(
             run.__name__,
             help=help,
@@ -319,6 +325,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--corpus", help="where the corpus is now, if it was moved")
 
     command = verb(
+        ablate,
+        "what each part of DOGR is worth: without one loss, stage, score or kind of docid each",
+        "genret ablate my_corpus --out runs/ablation --minutes 10 --seeds 0,1,2",
+    )
+    _add_ablate_options(command)
+
+    command = verb(
         index,
         "make identifiers and trie alone, and report on them",
         "genret index my_corpus --docids keywords --out runs/mine",
@@ -344,6 +357,54 @@ def _parser() -> argparse.ArgumentParser:
 def _add_recipe_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--method", default="dogr", help="what to train (default dogr)")
     command.add_argument("--docids", help="kind of identifiers, instead of the method's own")
+    _add_gin_options(command)
+
+
+def _add_ablate_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("corpus", help="BEIR folder with train queries and the split")
+    command.add_argument("--out", required=True, help="folder of the ablation; gone on with")
+    command.add_argument(
+        "--minutes", type=float, help="of each run; variants share stage 1, which counts for each"
+    )
+    command.add_argument(
+        "--seeds",
+        type=_seeds,
+        default=(0,),
+        metavar="0,1",
+        help="every variant is trained with each (default 0)",
+    )
+    command.add_argument("--split", default="test", help="which queries (default test)")
+    command.add_argument(
+        "--variants",
+        type=_names,
+        metavar="A,B",
+        help="of generation-only, semantic-only, stage-1-only, without-prefix-loss, "
+        "without-retrieval-loss (default all); dogr itself is always there",
+    )
+    command.add_argument(
+        "--docids",
+        type=_names,
+        default=("keywords", "title", "hierarchical", "rq"),
+        metavar="A,B",
+        help="kinds of identifiers, a row each (default keywords,title,hierarchical,rq; '': none)",
+    )
+    _add_gin_options(command)
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _seeds(text: str) -> list[int]:
+    try:
+        return [int(seed) for seed in _names(text)]
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} are no whole numbers with commas between them, such as 0,1"
+        ) from None
+
+
+def _add_gin_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--size", help="size of the network, instead of the method's own")
     command.add_argument("--gin_file", action="append", default=[], help="further gin file")
     command.add_argument(

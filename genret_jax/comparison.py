@@ -11,10 +11,18 @@ from typing import Any
 from genret_jax.baselines.protocol import Searcher
 from genret_jax.corpus import Corpus, Run
 from genret_jax.errors import UserError
-from genret_jax.evaluation import DEFAULT_METRICS, evaluate, markdown_table, run_of
+from genret_jax.evaluation import (
+    DEFAULT_METRICS,
+    markdown_table,
+    per_query,
+    randomisation_test,
+    run_of,
+)
 from genret_jax.files import replace_on_success
+from genret_jax.significance import TESTED_METRICS, PerQuery
 
 BASELINES = ("bm25", "bm25+q")
+_CHUNK = 64  # queries searched together, and so a step of a progress bar
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,14 +33,21 @@ class Comparison:
       split: of the corpus.
       methods: name -> metric -> value; besides the metrics, "queries" and "queries_per_second".
       runs: name -> query id -> document id -> score.
+      significance: name of every method but the first -> metric -> p value of the first against
+        it, by the paired randomisation test, uncorrected.
     """
 
     split: str
     methods: dict[str, dict[str, float]]
     runs: dict[str, Run]
+    significance: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"split": self.split, "methods": self.methods}
+        return {
+            "split": self.split,
+            "methods": self.methods,
+            "significance": self.significance,
+        }
 
     def table(self) -> str:
         """Markdown; the best value of each metric is bold."""
@@ -42,6 +57,17 @@ class Comparison:
         }
         return markdown_table(shown)
 
+    def text(self) -> str:
+        """The table, and whether the first method's distance to the others could be chance."""
+        lines = [self.table()]
+        if self.significance:
+            lines += ["", "paired randomisation test, two-sided p:", ""]
+        first = next(iter(self.methods))
+        for name, metrics in self.significance.items():
+            values = ", ".join(f"{shown_p(p)} in {metric}" for metric, p in metrics.items())
+            lines.append(f"- {first} against {name}: {values}")
+        return "\n".join(lines)
+
     def write(self, folder: str | Path) -> list[Path]:
         """Writes comparison-SPLIT.json, .md and .png; returns their paths."""
         stem = Path(folder) / f"comparison-{self.split}"
@@ -49,9 +75,38 @@ class Comparison:
         with replace_on_success(paths[0]) as temporary:
             temporary.write_text(json.dumps(self.to_dict(), indent=1))
         with replace_on_success(paths[1]) as temporary:
-            temporary.write_text(self.table() + "\n")
+            temporary.write_text(self.text() + "\n")
         _draw(self, paths[2])
         return paths
+
+
+def shown_p(p: float) -> str:
+    """A p value in three digits, as tables have it."""
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+class Asked:
+    """A searcher with options of its own set, and a progress bar.
+
+    Args:
+      searcher: its `search` takes the options besides queries and k.
+      **options: such as beam=50 of a retriever.
+    """
+
+    def __init__(self, searcher: Any, **options: Any):
+        self._searcher, self._options = searcher, options
+        self.name: str = searcher.name
+
+    def search(self, queries: Sequence[str], *, k: int) -> list[list[Any]]:
+        from tqdm import tqdm
+
+        hits: list[list[Any]] = []
+        with tqdm(total=len(queries), unit="query", desc=self.name, disable=None) as bar:
+            for start in range(0, len(queries), _CHUNK):
+                chunk = queries[start : start + _CHUNK]
+                hits += self._searcher.search(chunk, k=k, **self._options)
+                bar.update(len(chunk))
+        return hits
 
 
 def baseline(name: str, corpus: Corpus) -> Searcher:
@@ -82,23 +137,29 @@ def compare(
     queries = corpus.split_queries(split)
     methods: dict[str, dict[str, float]] = {}
     runs: dict[str, Run] = {}
+    values: dict[str, PerQuery] = {}
     for name, searcher in searchers.items():
         _warm_up(searcher, list(queries.values()), k)
         run, speed = run_of(searcher, queries, k)
+        values[name] = per_query(run, corpus.qrels[split], DEFAULT_METRICS)
         methods[name] = {
-            **evaluate(run, corpus.qrels[split], DEFAULT_METRICS),
+            **{metric: float(array.mean()) for metric, array in values[name].items()},
             "queries": len(queries),
             "queries_per_second": round(speed, 2),
         }
         runs[name] = run
-    return Comparison(split, methods, runs)
+    first, *others = values
+    significance = {
+        name: {m: randomisation_test(values[first][m], values[name][m]) for m in TESTED_METRICS}
+        for name in others
+    }
+    return Comparison(split, methods, runs, significance)
 
 
 def _warm_up(searcher: Searcher, queries: Sequence[str], k: int) -> None:
-    full = 64  # the sizes of batch that the whole run will have
-    searcher.search(queries[:full], k=k)
-    if len(queries) % full and len(queries) > full:
-        searcher.search(queries[: len(queries) % full], k=k)
+    searcher.search(queries[:_CHUNK], k=k)  # the sizes of batch that the whole run will have
+    if len(queries) % _CHUNK and len(queries) > _CHUNK:
+        searcher.search(queries[: len(queries) % _CHUNK], k=k)
 
 
 def _draw(comparison: Comparison, path: Path) -> None:

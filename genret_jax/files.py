@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
+import platform
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+
+_HOST = re.sub(r"[^A-Za-z0-9.]", "_", platform.node()) or "localhost"
 
 
 @contextlib.contextmanager
@@ -14,7 +19,8 @@ def replace_on_success(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields a temporary path in the same folder and renames it to `path` when the block succeeds.
 
     Works for a file or a folder: the block creates whichever it wants at the yielded path. After
-    an exception the temporary path is removed and `path` is as it was. An existing folder at
+    an exception the temporary path is removed and `path` is as it was; what a process that was
+    killed on this machine has left is removed by the next one. An existing folder at
     `path` is moved aside, replaced, and only then deleted: what a reader finds at `path` is whole.
 
     Args:
@@ -26,7 +32,8 @@ def replace_on_success(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     target = Path(path).resolve()  # so that what a symbolic link names is replaced, not the link
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
+    _reclaim(target)
+    temporary = target.with_name(f".{target.name}.tmp-{_HOST}-{os.getpid()}")
     _remove(temporary)
     try:
         yield temporary
@@ -36,6 +43,24 @@ def replace_on_success(path: str | os.PathLike[str]) -> Iterator[Path]:
             os.replace(temporary, target)
     finally:
         _remove(temporary)
+
+
+def _reclaim(target: Path) -> None:
+    """Removes temporary paths of dead processes; those of other machines may be alive."""
+    for left in target.parent.glob(f".{glob.escape(target.name)}.tmp-{_HOST}-*"):
+        number = left.name.rpartition("-")[2]
+        if number.isdecimal() and int(number) != os.getpid() and not _alive(int(number)):
+            _remove(left)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        return True
+    return True
 
 
 def _replace_folder(temporary: Path, target: Path) -> None:

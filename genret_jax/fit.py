@@ -6,6 +6,8 @@ RUN/
   ranking/     stage 2, where the method has one: the same, and the negatives
   curves.png   the picture of the last stage, where a person looks first
   retriever/   the result, complete in itself; the others can be deleted once it is there
+
+A run that begins with stage 1 of another run has neither index/ nor training/ of its own.
 """
 
 from __future__ import annotations
@@ -35,8 +37,6 @@ from genret_jax.training.trainer import TrainResult
 
 log = logging.getLogger(__name__)
 _RESERVE_SECONDS = 5.0  # for writing the retriever
-# Reserved at the end of stage 2 for vectors and fusion: microseconds a document, on two cores.
-_SECONDS_A_DOCUMENT = 1.5e-3
 STAGES = (1, 2)
 
 
@@ -48,6 +48,7 @@ def fit(
     minutes: float | None = None,
     started: float | None = None,
     stage: int | None = None,
+    stage_one: str | Path | None = None,
 ) -> Retriever:
     """Trains a retriever over a corpus, or goes on where an interrupted run stopped.
 
@@ -60,6 +61,9 @@ def fit(
       started: `time.monotonic()` when the budget began; now by default.
       stage: 1 stops after stage 1, with a retriever that ranks by generation alone; 2 goes on
         from there. By default all stages of the method.
+      stage_one: folder of another run whose retriever is of stage 1: its index and parameters are
+        taken, and only stage 2 is trained here. Its recipe may differ in ContrastiveConfig alone;
+        its time counts as this run's.
 
     Returns:
       The retriever with the parameters that were best on dev.
@@ -69,39 +73,29 @@ def fit(
       Interrupted: after SIGTERM or Ctrl-C, once a checkpoint is written.
     """
     _check(recipe, minutes, stage)
-    out = Path(out)
+    out, home = Path(out), Path(stage_one or out)
     clock = Clock(minutes * 60 if minutes else None, started=started, reserve=_RESERVE_SECONDS)
     path, corpus = _read(corpus)
     split = split_corpus(corpus, recipe.data, seed=recipe.train.seed)
-    _claim(out, recipe, corpus, split)
+    begun = _stage_one(home, recipe, corpus, split, stage) if stage_one else None
+    _claim(out, recipe, corpus, split, begun)
     last = stage or (2 if recipe.contrastive.wanted else 1)
     there = _stage_of(out)
     if there >= last:
         log.info("%s: already fitted", out)
         return Retriever.load(out)
-    if stage == 2 and there < 1:
+    if stage == 2 and there < 1 and not begun:
         raise UserError(f"{out}: stage 1 is not done here; run `genret fit` with --stage 1 first")
-    materials = Materials(
-        corpus.documents,
-        split,
-        build_index(
-            corpus,
-            out / "index",
-            docids=recipe.docids,
-            vocabulary=recipe.vocabulary,
-            pairs=split.pairs,
-            seed=recipe.train.seed,
-        ),
-        recipe,
-    )
+    materials = _materials(corpus, split, recipe, home / "index")
     if clock.seconds and last == 2 and stage is None:
         clock.seconds *= 1 - recipe.contrastive.share
-    first = train_docids(materials, out / "training", clock)
+    if begun:
+        clock.resume(begun.seconds)
+    first = begun.result if begun else train_docids(materials, out / "training", clock)
     second = None
     if last == 2:
         if minutes:
             clock.seconds = minutes * 60
-            clock.reserve += _SECONDS_A_DOCUMENT * len(corpus.documents)
         if stage == 2:  # the budget is this stage's alone
             clock.resume(0.0)
         second = train_ranking(materials, first.params, out / "ranking", clock)
@@ -110,7 +104,7 @@ def fit(
     write_retriever(
         (second.result if second else first).params,
         about,
-        index_folder=out / "index",
+        index_folder=home / "index",
         folder=out / "retriever",
         vectors=second.vectors if second else None,
     )
@@ -154,26 +148,93 @@ def _read(corpus: str | Path | Corpus) -> tuple[str, Corpus]:
     return str(Path(corpus).resolve()), read
 
 
-def _claim(out: Path, recipe: Recipe, corpus: Corpus, split: Split) -> None:
+@dataclasses.dataclass(frozen=True)
+class _StageOne:
+    """Stage 1 of another run.
+
+    Attributes:
+      result: its parameters, on the host, and where they are from.
+      seconds: it took, the index included.
+      digest: of its weights.
+    """
+
+    result: TrainResult
+    seconds: float
+    digest: str
+
+
+def _stage_one(
+    folder: Path, recipe: Recipe, corpus: Corpus, split: Split, stage: int | None
+) -> _StageOne:
+    """Opens stage 1 of another run.
+
+    Raises:
+      UserError: it is not there, or not what stage 1 of this run would be.
+    """
+    if stage == 1 or not recipe.contrastive.wanted:
+        raise UserError("stage 1 of another run is given, but no stage 2 is wanted; leave it out")
+    if (there := _stage_of(folder)) != 1:
+        found = "no retriever" if there == 0 else "a retriever of stage 2"
+        raise UserError(f"{folder}: holds {found}; give a run made with --stage 1")
+    retriever = Retriever.load(folder)
+    about, mark = retriever.about, json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    if mark.get("run") != _identity(about["recipe"], corpus, split):
+        raise UserError(f"{folder}: stage 1 of another corpus; train it on this one")
+    ours, theirs = recipe.to_dict(), about["recipe"]
+    parts = [part for part in ours if part not in ("method", "contrastive")]
+    other = [part for part in parts if json.dumps(ours[part]) != json.dumps(theirs.get(part))]
+    if about["network"].get("learned_temperature", False) != recipe.contrastive.learned_temperature:
+        other.append("contrastive.learned_temperature")
+    if other:
+        raise UserError(
+            f"{folder}: stage 1 of another recipe (its {other[0]} differs); train it with this one"
+        )
+    training = about["training"]
+    with open(retriever.folder / "model.safetensors", "rb") as weights:
+        digest = hashlib.file_digest(weights, "sha256").hexdigest()
+    params = jax.device_get(retriever.params)
+    result = TrainResult(params, training["best_step"], about["dev"], training["steps"])
+    return _StageOne(result, float(training["seconds"]), digest)
+
+
+def _identity(recipe: dict[str, Any], corpus: Corpus, split: Split, *more: str) -> str:
+    content = [recipe, documents_digest(corpus.documents), split.pairs, split.dev_qrels, *more]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _claim(
+    out: Path, recipe: Recipe, corpus: Corpus, split: Split, begun: _StageOne | None
+) -> None:
     """Marks the folder as this run's, or finds that it is.
 
     A time budget is not part of a run's identity: it may be raised when it goes on.
     """
-    content = [recipe.to_dict(), documents_digest(corpus.documents), split.pairs, split.dev_qrels]
-    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    digest = _identity(recipe.to_dict(), corpus, split, *([begun.digest] if begun else []))
     mark = out / "run.json"
-    begun = any((out / name).exists() for name in ("index", "training", "ranking", "retriever"))
-    if mark.is_file() and begun:
+    made = any((out / name).exists() for name in ("index", "training", "ranking", "retriever"))
+    if mark.is_file() and made:
         if json.loads(mark.read_text()).get("run") != digest:
             raise UserError(
                 f"{out}: holds a run of another recipe or corpus; choose another --out, "
                 "or delete the folder"
             )
         return
-    if out.is_dir() and not begun and any(p != mark for p in out.iterdir()):
+    if out.is_dir() and not made and any(p != mark for p in out.iterdir()):
         raise UserError(f"{out}: exists and is not a run of genret_jax; choose another --out")
     with replace_on_success(mark) as temporary:
         temporary.write_text(json.dumps({"run": digest, "recipe": recipe.to_dict()}, indent=1))
+
+
+def _materials(corpus: Corpus, split: Split, recipe: Recipe, folder: Path) -> Materials:
+    index = build_index(
+        corpus,
+        folder,
+        docids=recipe.docids,
+        vocabulary=recipe.vocabulary,
+        pairs=split.pairs,
+        seed=recipe.train.seed,
+    )
+    return Materials(corpus.documents, split, index, recipe)
 
 
 def _about(

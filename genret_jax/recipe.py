@@ -65,7 +65,7 @@ class VocabularyConfig:
       casefold: lower-case, where one is trained.
     """
 
-    size: int = 2000
+    size: int = 4000
     model: str = ""
     casefold: bool = True
 
@@ -132,7 +132,7 @@ class TrainConfig:
     clip_norm: float = 1.0
     evaluations: int = 8
     metric: str = "mrr@10"
-    checkpoint_every: int = 500
+    checkpoint_every: int = 200
     log_every: int = 50
     model_parallel: int = 1
     seed: int = 0

@@ -87,13 +87,16 @@ class DocumentVectors:
             scales = None
             if values.dtype == np.int8:
                 scales = np.load(folder / _SCALES, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
+            if values.dtype not in (np.float32, np.int16, np.int8):
+                raise ValueError(f"{_FILE} is {values.dtype}")
+        except (OSError, ValueError, EOFError) as error:
             raise UserError(
                 f"{folder}: no whole document vectors here ({error}); run `genret fit` again"
             ) from None
-        if values.ndim != 2 or len(values) != documents:
-            raise UserError(
-                f"{folder / _FILE}: shape {values.shape}, but the retriever has {documents} "
-                "documents; run `genret fit` again"
-            )
+        for name, array, rank in ((_FILE, values, 2), (_SCALES, scales, 1)):
+            if array is not None and (array.ndim != rank or len(array) != documents):
+                raise UserError(
+                    f"{folder / name}: shape {array.shape}, but the retriever has {documents} "
+                    "documents; run `genret fit` again"
+                )
         return cls(values, scales)

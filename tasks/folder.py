@@ -5,22 +5,39 @@
     seqio.get_dataset(made.mixture, made.lengths, seqio.EncDecFeatureConverter(pack=False))
 
 The same tasks that the native trainer reads, for everything that takes a SeqIO mixture by name.
+`register_folder_contrastive` has those of the second stage.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import logging
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import seqio
 
-from genret_jax.corpus import read_corpus
-from genret_jax.data.examples import make_examples
+from genret_jax.corpus import Document, read_corpus
+from genret_jax.data.contrastive import DocumentSide, Questions
+from genret_jax.data.contrastive_tasks import document_lengths, register_contrastive
+from genret_jax.data.examples import TrainingExamples, make_examples
 from genret_jax.data.tasks import register
 from genret_jax.data.vocabulary import SeqioVocabulary
+from genret_jax.errors import UserError
 from genret_jax.indexing import Index
-from genret_jax.recipe import DataConfig
+from genret_jax.negatives import (
+    Negatives,
+    bm25_search,
+    known_positives,
+    mine,
+    prefix_negatives,
+)
+from genret_jax.recipe import ContrastiveConfig, DataConfig
 from genret_jax.splitting import split_corpus
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,21 +64,129 @@ def register_folder(
       seed: of the held-out queries; the seed of the fit, so that both train on the same.
     """
     data = data or DataConfig()
-    read = read_corpus(corpus)
-    index = Index.load(Path(run) / "index")
-    split = split_corpus(read, data, seed=seed)
-    examples = make_examples(read.documents, split.pairs, index.vocabulary, index.table)
+    found = _open(corpus, run, data, seed)
     register(
         name,
-        examples,
-        SeqioVocabulary(index.vocabulary),
-        indexing_share=examples.indexing_share(data.indexing_share),
-        title_share=data.title_share,
-        frame_share=data.frame_share,
-        word_dropout=data.word_dropout,
+        found.examples,
+        SeqioVocabulary(found.index.vocabulary),
+        **_plain(data, found.examples),
     )
+    return Registered(name, found.lengths)
+
+
+def register_folder_contrastive(
+    corpus: str,
+    run: str,
+    *,
+    name: str = "folder_contrastive",
+    data: DataConfig | None = None,
+    contrastive: ContrastiveConfig | None = None,
+    step: int = 0,
+    seed: int = 0,
+) -> Registered:
+    """Registers the tasks of the second stage, to be read with `ContrastiveFeatureConverter`.
+
+    Negatives are those of RUN/ranking/negatives/STEP, which `genret fit` mined with the model of
+    its first stage; without that folder they are mined with BM25.
+
+    Args:
+      corpus, run, name, data, seed: see `register_folder`.
+      contrastive: numbers of negatives and length of documents; the weights of the losses are
+        the model's affair and not looked at.
+      step: of the second stage at which the negatives were mined.
+
+    Raises:
+      UserError: the negatives are of another corpus, or of other train queries.
+    """
+    data, config = data or DataConfig(), contrastive or ContrastiveConfig()
+    found = _open(corpus, run, data, seed)
+    positives = known_positives(found.pairs)
+    questions = Questions.of(positives, found.documents)
+    side = DocumentSide.of(
+        found.documents, found.examples, found.index.vocabulary, length=config.document_length
+    )
+    folder = Path(run) / "ranking" / "negatives" / str(step)
+    if folder.is_dir():
+        negatives = Negatives.load(folder)
+    else:
+        log.info("%s: no negatives there; they are mined with BM25", folder)
+        negatives = _mined(found, questions, config, seed)
+    rows = len(negatives.prefix), len(negatives.retrieved)
+    if rows != (len(found.documents), len(questions.texts)):
+        raise UserError(
+            f"{folder}: negatives of {rows[0]} documents and {rows[1]} questions, but here are "
+            f"{len(found.documents)} and {len(questions.texts)}; give the corpus and the seed of "
+            "the fit"
+        )
+    register_contrastive(
+        name,
+        found.examples,
+        SeqioVocabulary(found.index.vocabulary),
+        side,
+        questions,
+        positives,
+        negatives,
+        prefix=config.prefix_negatives,
+        retrieved=config.retrieved_negatives,
+        **_plain(data, found.examples),
+    )
+    count = config.prefix_negatives + config.retrieved_negatives
+    lengths = document_lengths(side, questions, negatives=count)
+    return Registered(name, {**found.lengths, **lengths})
+
+
+@dataclasses.dataclass(frozen=True)
+class _Folder:
+    """A corpus and its index, as both registrations read them."""
+
+    documents: Sequence[Document]
+    pairs: list[tuple[str, int]]
+    index: Index
+    examples: TrainingExamples
+    lengths: dict[str, int]
+
+
+def _open(corpus: str, run: str, data: DataConfig, seed: int) -> _Folder:
+    read = read_corpus(corpus)
+    index = Index.load(Path(run) / "index")
+    pairs = split_corpus(read, data, seed=seed).pairs
+    examples = make_examples(read.documents, pairs, index.vocabulary, index.table)
     length = data.input_length or examples.input_length()
-    return Registered(name, {"inputs": length, "targets": index.trie.max_length})
+    lengths = {"inputs": length, "targets": index.trie.max_length}
+    return _Folder(read.documents, pairs, index, examples, lengths)
+
+
+def _plain(data: DataConfig, examples: TrainingExamples) -> dict[str, Any]:
+    """How the recipe wants the tasks that both stages have in common."""
+    return {
+        "indexing_share": examples.indexing_share(data.indexing_share),
+        "title_share": data.title_share,
+        "frame_share": data.frame_share,
+        "word_dropout": data.word_dropout,
+    }
+
+
+def _mined(found: _Folder, questions: Questions, config: ContrastiveConfig, seed: int) -> Negatives:
+    depth: Any = config.prefix_depth
+    depth = int(depth) if depth.isdecimal() else depth
+    return Negatives(
+        prefix=prefix_negatives(
+            found.index.trie,
+            np.arange(len(found.documents)),
+            depth=depth,
+            count=max(config.prefix_negatives, config.mined),
+            rng=np.random.default_rng(seed),
+        ),
+        retrieved=mine(
+            bm25_search(found.documents),
+            questions.texts,
+            questions.relevant,
+            count=max(config.retrieved_negatives, config.mined),
+        ),
+        digest="",
+        source="bm25",
+        depth=depth,
+    )
 
 
 def vocabulary(run: str) -> seqio.Vocabulary:

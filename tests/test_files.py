@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -143,3 +145,23 @@ def test_behind_a_symbolic_link(tmp_path, kind):
             fill(temporary, a="new")
     assert (target if kind == "file" else target / "a").read_text() == "new"
     assert names(tmp_path) == ["link", "real"]
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    """Killed, a process leaves its temporary path; the next writer of the same path goes on."""
+    write = (
+        "import os, signal, sys\n"
+        "from genret_jax.files import replace_on_success\n"
+        "with replace_on_success(sys.argv[1]) as temporary:\n"
+        "    temporary.write_text('half')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    target = tmp_path / "out.json"
+    assert subprocess.run([sys.executable, "-c", write, str(target)]).returncode == -9
+    assert len(list(tmp_path.glob(".out.json.tmp-*"))) == 1
+    other = tmp_path / ".out.json.tmp-elsewhere-1"
+    other.write_text("another machine's")
+    with replace_on_success(target) as temporary:
+        temporary.write_text("whole")
+    assert target.read_text() == "whole"
+    assert list(tmp_path.glob(".*")) == [other]

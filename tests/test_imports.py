@@ -16,11 +16,11 @@ PACKAGE = Path(__file__).resolve().parent.parent / "genret_jax"
 # (to its left in the flow of data). "__init__" is the face of the package, `import genret_jax`.
 ROOMS = """
     errors files lines records trec corpus documents
-    baselines evaluation comparison
+    baselines evaluation significance comparison
     docids trie vocabularies decoding
     modeling scoring ranking vectors
     recipe splitting indexing negatives data training
-    weights retriever stages fit quickstart
+    weights retriever stages fit ablation quickstart
     __init__ cli __main__
 """.split()  # noqa: SIM905
 

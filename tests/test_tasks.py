@@ -2,27 +2,40 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
+import pytest
 import seqio
 from tiny import tiny_corpus
 
 from genret_jax.corpus import write_corpus
+from genret_jax.data.contrastive_tasks import ContrastiveFeatureConverter
+from genret_jax.errors import UserError
 from genret_jax.indexing import build_index
-from genret_jax.recipe import DocidConfig, VocabularyConfig
-from tasks.folder import register_folder, vocabulary
+from genret_jax.negatives import Negatives
+from genret_jax.recipe import ContrastiveConfig, DocidConfig, VocabularyConfig
+from tasks.folder import register_folder, register_folder_contrastive, vocabulary
 from tasks.squad import corpus_of
 
 
-def test_folder_tasks_give_t5x_batches(tmp_path):
-    corpus = tiny_corpus()
-    write_corpus(corpus, tmp_path / "tiny")
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Corpus and run as paths."""
+    corpus, place = tiny_corpus(), tmp_path_factory.mktemp("folders")
+    write_corpus(corpus, place / "tiny")
     build_index(
         corpus,
-        tmp_path / "run" / "index",
+        place / "run" / "index",
         docids=DocidConfig("naive"),
         vocabulary=VocabularyConfig(size=200),
         pairs=corpus.pairs("train"),
     )
-    registered = register_folder(str(tmp_path / "tiny"), str(tmp_path / "run"), name="folder_test")
+    return str(place / "tiny"), str(place / "run")
+
+
+def test_folder_tasks_give_t5x_batches(folders):
+    registered = register_folder(*folders, name="folder_test")
     assert registered.lengths["targets"] == 1  # eight documents, one digit
     dataset = seqio.get_dataset(
         registered.mixture,
@@ -35,8 +48,48 @@ def test_folder_tasks_give_t5x_batches(tmp_path):
     )
     batch = next(iter(dataset.as_numpy_iterator()))
     assert batch["encoder_input_tokens"].shape == (6, registered.lengths["inputs"])
-    space = vocabulary(str(tmp_path / "run"))
+    space = vocabulary(folders[1])
     assert batch["decoder_target_tokens"].max() < space.vocab_size
+
+
+def _contrastive(folders, **more):
+    config = ContrastiveConfig(prefix_negatives=1, retrieved_negatives=2, document_length=16)
+    registered = register_folder_contrastive(*folders, contrastive=config, **more)
+    dataset = seqio.get_dataset(
+        registered.mixture,
+        registered.lengths,
+        ContrastiveFeatureConverter(pack=False),
+        shuffle=True,
+        num_epochs=None,
+        seed=0,
+        batch_size=16,
+    )
+    return next(iter(dataset.as_numpy_iterator()))
+
+
+def test_folder_tasks_of_the_second_stage_mine_with_bm25(folders):
+    batch = _contrastive(folders)
+    assert batch["document_tokens"].shape == (16, 16)
+    assert batch["negative_document_tokens"].shape == (16, 3, 16)
+    found = batch["negative_document_index"]
+    assert (found[:, 0] == -1).all(), "docids of one digit share no prefix"
+    assert (found[:, 1:] >= 0).any() and found.max() < 8
+    known = np.concatenate([batch["document_index"][:, None], batch["relevant_index"]], axis=1)
+    assert not ((found[:, :, None] == known[:, None]) & (found >= 0)[:, :, None]).any()
+
+
+def test_folder_tasks_of_the_second_stage_read_what_a_fit_mined(folders):
+    questions = len({query for query, _ in tiny_corpus().pairs("train")}) + 8
+    prefix = np.full((8, 1), 5, np.int32)
+    made = Negatives(prefix, np.tile([[6, 7]], (questions, 1)).astype(np.int32), "", "model", 1)
+    folder = Path(folders[1]) / "ranking" / "negatives" / "40"
+    folder.parent.mkdir(parents=True)
+    made.save(folder)
+    batch = _contrastive(folders, step=40)
+    assert (np.sort(batch["negative_document_index"], axis=1) == [5, 6, 7]).all()
+    Negatives(prefix[:7], made.retrieved, "", "model", 1).save(folder)
+    with pytest.raises(UserError, match="negatives of 7 documents and 47 questions, but here are"):
+        _contrastive(folders, step=40)
 
 
 def test_squad_records_become_a_corpus():

@@ -50,5 +50,12 @@ FAST = (
     "TrainConfig.evaluations = 3",
     "TrainConfig.checkpoint_every = 10",
     "TrainConfig.log_every = 5",
-    "DataConfig.input_length = 8",
+    "DataConfig.input_length = 12",
+    "ContrastiveConfig.steps = 20",
+    "ContrastiveConfig.batch_size = 16",
+    "ContrastiveConfig.warmup_steps = 2",
+    "ContrastiveConfig.evaluations = 2",
+    "ContrastiveConfig.document_length = 16",
+    "ContrastiveConfig.mining_beam = 4",
+    "ContrastiveConfig.mined = 4",
 )

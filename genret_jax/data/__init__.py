@@ -12,13 +12,19 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 
 def _import_quietly() -> None:
-    """Imports TensorFlow without what its C++ side writes to stderr before it reads log levels."""
+    """Imports TensorFlow without what its C++ side writes to stderr before it reads log levels.
+
+    It reads data and nothing else: an accelerator's memory is JAX's.
+    """
     kept = os.dup(2)
     with open(os.devnull, "wb") as null:
         try:
             sys.stderr.flush()
             os.dup2(null.fileno(), 2)
+            import tensorflow
             import tensorflow_text  # noqa: F401
+
+            tensorflow.config.set_visible_devices([], "GPU")
         finally:
             os.dup2(kept, 2)
             os.close(kept)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int32
 
 from genret_jax.corpus import Document
 from genret_jax.data.batches import Arrays, Batches, Pool
@@ -82,19 +83,27 @@ class Questions:
 
 def with_documents(pool: Pool, examples: TrainingExamples, positives: Positives) -> Pool:
     """A pool whose examples know their document and their row of Questions."""
-    turn = np.arange(len(pool))  # a task that was run several times holds its examples in turn
-    if pool.name.endswith("retrieval"):
-        pair = turn % len(examples.query_documents)
-        document = examples.query_documents[pair]
-        question = positives.query_of[pair]
-    else:
-        document = turn % len(examples.document_rows)
-        question = len(positives.queries) + document
-    known = {
-        "document_index": np.asarray(document, np.int32),
-        "question_index": np.asarray(question, np.int32),
-    }
+    document, question = known_documents(pool.name, examples, positives)
+    turn = np.arange(len(pool)) % len(document)  # a task run several times holds them in turn
+    known = {"document_index": document[turn], "question_index": question[turn]}
     return dataclasses.replace(pool, arrays={**pool.arrays, **known})
+
+
+def known_documents(
+    task: str, examples: TrainingExamples, positives: Positives
+) -> tuple[Int32[np.ndarray, " examples"], Int32[np.ndarray, " examples"]]:
+    """The document and the row of Questions of every example of a task, in its order.
+
+    Args:
+      task: its name, which ends in "retrieval" or "indexing".
+      examples, positives: of the same train pairs.
+    """
+    if task.endswith("retrieval"):
+        document, question = examples.query_documents, positives.query_of
+    else:
+        document = np.arange(len(examples.document_rows))
+        question = len(positives.queries) + document
+    return np.asarray(document, np.int32), np.asarray(question, np.int32)
 
 
 Refresh = Callable[[int, Any], Negatives]

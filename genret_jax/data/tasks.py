@@ -64,7 +64,7 @@ def register(
     rates = []
     if len(examples.queries) and indexing_share < 1:
         source = retrieval_source(examples)
-        _add_task(f"{name}_retrieval", source, finish, features, len(examples.queries))
+        add_task(f"{name}_retrieval", source, finish, features, len(examples.queries))
         rates.append((f"{name}_retrieval", 1 - indexing_share))
     if indexing_share > 0 or not rates:
         pieces = functools.partial(
@@ -76,20 +76,21 @@ def register(
         )
         source = indexing_source(examples)
         size = len(examples.document_rows)
-        _add_task(f"{name}_indexing", source, [pieces, *finish], features, size)
+        add_task(f"{name}_indexing", source, [pieces, *finish], features, size)
         rates.append((f"{name}_indexing", indexing_share or 1.0))
     seqio.MixtureRegistry.remove(name)
     seqio.MixtureRegistry.add(name, rates)
     return name
 
 
-def _add_task(
+def add_task(
     name: str,
     source: seqio.FunctionDataSource,
     preprocessors: list[Callable],
     features: Mapping[str, seqio.Feature],
     size: int,
 ) -> None:
+    """Registers a task of so many examples; replaces an earlier one."""
     seqio.TaskRegistry.remove(name)
     seqio.TaskRegistry.add(
         name,
@@ -195,7 +196,8 @@ def _document_piece(
         ],
         default=plain,
     )
-    return {"inputs": piece, "targets": example["targets"]}
+    others = {k: v for k, v in example.items() if k not in ("title", "body", "title_count")}
+    return {**others, "inputs": piece}
 
 
 def _framed(frame: tf.Tensor, span: Callable[[tf.Tensor], tf.Tensor]) -> tf.Tensor:

@@ -61,6 +61,7 @@ def mine(
     count: int,
     batch: int = 64,
     description: str = "negatives",
+    keep_going: Callable[[], bool] | None = None,
 ) -> Int32[np.ndarray, "queries count"]:
     """The best documents that a search finds for each query and that are not relevant.
 
@@ -71,6 +72,7 @@ def mine(
       count: negatives of a query.
       batch: queries of one call, at most.
       description: of the progress bar.
+      keep_going: asked before every batch; once it says no, the queries that are left get none.
 
     Returns:
       int32[queries, count], best first, -1 where no more were found.
@@ -80,6 +82,8 @@ def mine(
     out = np.full((len(queries), count), -1, np.int32)
     with tqdm(total=len(queries), unit="query", desc=description, disable=None) as bar:
         for start in range(0, len(queries), batch):
+            if keep_going and not keep_going():
+                break
             texts = list(queries[start : start + batch])
             results = search(texts, count + relevant.shape[1])
             here = slice(start, start + len(texts))

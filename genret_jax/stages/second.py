@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import time
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,8 @@ log = logging.getLogger(__name__)
 _ENCODE = 64  # documents encoded at a time
 _FUSION_BEAM = 100  # what a search uses when nothing else is asked
 _PREFIX_POOL = 16  # prefix negatives kept a document
+_MINING_SHARE = 0.2  # of the time that is left of a budget
+_SECONDS_A_DEV_QUERY = 0.02  # of a search with that beam, and of fitting, on two cores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +84,9 @@ def train_ranking(materials: Materials, params: Params, folder: Path, clock: Clo
         materials.index.vocabulary,
         length=config.document_length,
     )
-    miner = _Miner(materials, side, folder / "negatives")
+    miner = _Miner(materials, folder / "negatives", clock)
+    negatives = miner.negatives(0, params)
+    counts = _negatives_an_example(config, negatives)
     batches = ContrastiveBatches(
         materials.batches(
             [with_documents(p, materials.examples, miner.positives) for p in materials.pools],
@@ -89,9 +94,9 @@ def train_ranking(materials: Materials, params: Params, folder: Path, clock: Clo
         ),
         side,
         miner.questions,
-        miner.negatives(0, params),
-        prefix=config.prefix_negatives if config.prefix else 0,
-        retrieved=config.retrieved_negatives if config.retrieval else 0,
+        negatives,
+        prefix=counts[0],
+        retrieved=counts[1],
         seed=materials.recipe.train.seed,
     )
 
@@ -99,8 +104,10 @@ def train_ranking(materials: Materials, params: Params, folder: Path, clock: Clo
         batches.negatives = miner.negatives(step, now)
 
     encoder = DocumentEncoder(materials, side)
+    if clock.seconds:
+        clock.reserve += _seconds_after_training(materials, encoder, params)
     result = train(
-        ranking_model(materials),
+        ranking_model(materials, prefix_negatives=counts[0]),
         batches,
         config=_train_config(materials.recipe.train, config),
         folder=folder,
@@ -120,8 +127,17 @@ def train_ranking(materials: Materials, params: Params, folder: Path, clock: Clo
     return SecondStage(result, vectors, fusion, report)
 
 
-def ranking_model(materials: Materials) -> RankingModel:
-    """The model of stage 2 as the recipe wants it."""
+def _negatives_an_example(config: ContrastiveConfig, negatives: Negatives) -> tuple[int, int]:
+    """How many of each kind; 0 of a kind that has no weight, or that no document has."""
+    prefix = config.prefix_negatives if config.prefix else 0
+    if prefix and not (np.asarray(negatives.prefix) >= 0).any():
+        log.warning("no two docids share a prefix: stage 2 goes without prefix negatives")
+        prefix = 0
+    return prefix, config.retrieved_negatives if config.retrieval else 0
+
+
+def ranking_model(materials: Materials, *, prefix_negatives: int) -> RankingModel:
+    """The model of stage 2 as the recipe wants it, for so many prefix negatives an example."""
     config = materials.recipe.contrastive
     return RankingModel(
         materials.model,
@@ -129,7 +145,7 @@ def ranking_model(materials: Materials) -> RankingModel:
         similarity=config.similarity,  # type: ignore[arg-type]
         temperature=config.temperature,
         share_negatives=config.share_negatives,
-        prefix_negatives=config.prefix_negatives if config.prefix else 0,
+        prefix_negatives=prefix_negatives,
         chunk=config.chunk,
     )
 
@@ -142,8 +158,8 @@ def _train_config(config: TrainConfig, second: ContrastiveConfig) -> TrainConfig
 class _Miner:
     """Negatives of this corpus by given parameters, kept in a folder."""
 
-    def __init__(self, materials: Materials, side: DocumentSide, folder: Path):
-        self._materials, self._side, self._folder = materials, side, folder
+    def __init__(self, materials: Materials, folder: Path, clock: Clock):
+        self._materials, self._folder, self._clock = materials, folder, clock
         self.positives = known_positives(materials.split.pairs)
         self.questions = Questions.of(self.positives, materials.documents)
 
@@ -166,18 +182,31 @@ class _Miner:
                 count=max(config.prefix_negatives, _PREFIX_POOL),
                 rng=np.random.default_rng([seed, step]),
             ),
-            retrieved=mine(
-                self._search(params),
-                self.questions.texts,
-                self.questions.relevant,
-                count=max(config.mined, config.retrieved_negatives),
-            ),
+            retrieved=self._retrieved(params, np.random.default_rng([seed, step, 1])),
             digest=digest,
             source=config.source,
             depth=depth,
         )
         made.save(folder)
         return Negatives.load(folder)
+
+    def _retrieved(self, params: Params, rng: np.random.Generator) -> np.ndarray:
+        """int32[questions, mined]; under a time budget, for as many questions as fit into a part.
+
+        They are asked in random order, so that those left out are no kind of their own.
+        """
+        config, questions, clock = self._materials.recipe.contrastive, self.questions, self._clock
+        end = clock.elapsed + _MINING_SHARE * ((clock.seconds or 0.0) - clock.elapsed)
+        order = rng.permutation(len(questions.texts))
+        out = np.empty((len(order), max(config.mined, config.retrieved_negatives)), np.int32)
+        out[order] = mine(
+            self._search(params),
+            [questions.texts[i] for i in order],
+            questions.relevant[order],
+            count=out.shape[1],
+            keep_going=(lambda: clock.elapsed < end) if clock.seconds else None,
+        )
+        return out
 
     def _digest(self) -> str:
         about = [self._materials.recipe.to_dict(), self._materials.index.about["fingerprint"]]
@@ -266,6 +295,20 @@ def _dev_evaluation(materials: Materials, encoder: DocumentEncoder) -> Any:
         return values
 
     return run
+
+
+def _seconds_after_training(
+    materials: Materials, encoder: DocumentEncoder, params: Params
+) -> float:
+    """What vectors and fusion will take, by the time of one batch of documents."""
+    some = np.arange(min(_ENCODE, len(materials.documents)))
+    on_device = jax.device_put(params)
+    encoder.some(on_device, some)  # compiles
+    begin = time.monotonic()
+    encoder.some(on_device, some)
+    batches = -(-len(materials.documents) // _ENCODE)
+    dev = _SECONDS_A_DEV_QUERY * len(materials.split.dev_queries)
+    return 1.2 * batches * (time.monotonic() - begin) + dev
 
 
 def _fit_fusion(

@@ -13,6 +13,9 @@ documents that carry the token:
   value and output matrices are each other's transposes, without that extra dimension.
 - Every other layer begins as the identity: its output matrices are zero.
 - A docid token's output column is the mean direction of the documents that carry it.
+- Adam moves every number by about the learning rate, so the matrices that hold the analysis are
+  made of larger numbers, and the norms before them give smaller ones: the product is the same, and
+  a step changes it less than it changes what begins at zero.
 
 Everything is trained from there. What this buys is in the README.
 """
@@ -32,9 +35,10 @@ from genret_jax.modeling.model import Params
 from genret_jax.modeling.network import T5Config
 from genret_jax.vocabularies import DocidSpace
 
-_SATURATION = 0.9  # BM25's k1
+_SATURATION = 1.5  # BM25's k1
 _LENGTH = 0.4  # BM25's b
 _COMMON = 95  # percentile of the pieces' weights that counts as full weight
+_GAIN = 4.0  # by which matrices are larger and norms smaller
 _SHARPNESS = 1.5  # logits at the start are up to this times sqrt(embed)
 
 
@@ -65,7 +69,9 @@ def lexical_start(
     _set_embeddings(params["token_embedder"]["embedding"], pieces)
     attention = params["decoder"][f"layers_{config.num_decoder_layers - 1}"]
     _set_attention(attention["encoder_decoder_attention"], rank, seed)
-    columns = _docid_columns(examples, documents, docids) * _SHARPNESS
+    for side in ("encoder", "decoder"):
+        params[side][f"{side}_norm"]["scale"] /= _GAIN
+    columns = _docid_columns(examples, documents, docids) * _SHARPNESS * _GAIN
     block = slice(docids.start, docids.start + docids.size - 2)
     if config.tied_embeddings:
         # The network multiplies by embed^-1/2 where input and output share the embedding.
@@ -97,19 +103,19 @@ def semantic_vectors(
     counts = _counts(examples, pieces)
     documents = counts.shape[0]
     frequency = np.bincount(counts.col, minlength=pieces)
-    weight = np.sqrt(np.log1p((documents - frequency + 0.5) / (frequency + 0.5)))
+    idf = np.log1p((documents - frequency + 0.5) / (frequency + 0.5))
     length = np.bincount(counts.row, counts.data, minlength=documents)
     relative = length[counts.row] / max(length.mean(), 1e-9)
     saturated = counts.data / (counts.data + _SATURATION * (1 - _LENGTH + _LENGTH * relative))
     matrix = scipy.sparse.csr_matrix(
-        ((saturated * weight[counts.col]).astype(np.float32), (counts.row, counts.col)),
+        ((saturated * idf[counts.col]).astype(np.float32), (counts.row, counts.col)),
         shape=counts.shape,
     )
     with threadpool_limits(1):  # the last bits must not depend on the number of threads
         left, scale, right = randomized_svd(
             matrix, n_components=min(rank, *matrix.shape), n_iter=4, random_state=seed
         )
-    piece_vectors = right.T * weight[:, None]
+    piece_vectors = right.T * np.sqrt(idf)[:, None]
     document_vectors = left * scale
     lengths = np.linalg.norm(document_vectors, axis=1, keepdims=True)
     document_vectors /= np.where(lengths > 1e-6, lengths, 1.0)
@@ -176,8 +182,8 @@ def _set_attention(attention: Any, rank: int, seed: int) -> None:
     rotation = np.linalg.qr(rng.normal(size=(joined, rank)))[0].T.astype(np.float32)
     attention["query"]["kernel"][:] = 0.0
     attention["value"]["kernel"][:] = 0.0
-    attention["value"]["kernel"][:rank] = rotation
-    attention["out"]["kernel"][:, :rank] = rotation.T
+    attention["value"]["kernel"][:rank] = rotation * _GAIN
+    attention["out"]["kernel"][:, :rank] = rotation.T * _GAIN
 
 
 def _docid_columns(

@@ -143,6 +143,7 @@ def train(
         if refresh and plan.step >= refresh_every:
             refresh(plan.step // refresh_every * refresh_every, state.params)
         with tqdm(initial=plan.step, unit="step", desc="training", disable=None) as bar:
+            loop.begin_timing()  # of steps alone: compiling and the first evaluation are over
             while not plan.done:
                 if refresh and plan.step and plan.step % refresh_every == 0:
                     loop.pause(refresh, plan.step, state.params)
@@ -234,7 +235,7 @@ class _Loop:
         self._evaluate = evaluate
         self._pending: list[dict[str, jax.Array]] = []
         self._evaluation_seconds = 0.0
-        self._since = time.monotonic()
+        self.begin_timing()
 
     def once(self, state: TrainState, plan: Plan, bar: tqdm) -> TrainState:
         config, before = self._config, plan.progress
@@ -285,7 +286,7 @@ class _Loop:
         }
         self._journal.write("train", plan, {**means, **speed})
         self._pending.clear()
-        self._since = time.monotonic()
+        self.begin_timing()
 
     def evaluate(self, state: TrainState, plan: Plan) -> None:
         """Dev metrics by real search; the best parameters so far are kept."""
@@ -307,6 +308,9 @@ class _Loop:
             ", ".join(f"dev {k} {v:.3f}" for k, v in dev.items()),
         )
         self._since += time.monotonic() - begin
+
+    def begin_timing(self) -> None:
+        self._since = time.monotonic()
 
     def pause(self, work: Callable[..., None], *arguments: Any) -> None:
         """Does some other work, whose time is not the steps'."""

@@ -1,0 +1,144 @@
+"""The rows of an ablation: what each leaves out of DOGR, or does otherwise."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+
+from genret_jax.docids.build import KINDS
+from genret_jax.errors import UserError
+from genret_jax.recipe import Recipe
+
+log = logging.getLogger(__name__)
+FULL = "dogr"
+DOCIDS = ("keywords", "title", "hierarchical", "rq")
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One row.
+
+    Attributes:
+      name: of the row; on the command line with hyphens for blanks.
+      what: one line of explanation, for the legend.
+      group: "baseline", "method", "loss", "scoring" or "docids": its colour in the picture.
+      bindings: lines of gin that make the difference.
+      stage: where its training ends.
+      of: the variant whose training it measures, where that is another one.
+      scoring: what it is ranked by; the retriever's own choice by default.
+    """
+
+    name: str
+    what: str
+    group: str
+    bindings: tuple[str, ...] = ()
+    stage: int = 2
+    of: str = ""
+    scoring: str | None = None
+
+    @property
+    def slug(self) -> str:
+        """The name in file names and on the command line."""
+        return self.name.replace(" ", "-")
+
+    @property
+    def training(self) -> str:
+        """The slug of the variant whose training it measures."""
+        return self.of or self.slug
+
+
+BASELINES = (
+    Variant("bm25", "BM25 over the documents", "baseline"),
+    Variant("bm25+q", "BM25 over the documents and their train queries", "baseline"),
+)
+# Those of one training stand together: its retriever is opened, and its search compiled, once.
+VARIANTS = (
+    Variant(FULL, "the whole method, ranked by the fused score", "method"),
+    Variant(
+        "generation only",
+        "dogr's parameters, ranked by log p(docid | query)",
+        "scoring",
+        of=FULL,
+        scoring="generation",
+    ),
+    Variant(
+        "semantic only",
+        "dogr's parameters, the beam's documents ranked by similarity",
+        "scoring",
+        of=FULL,
+        scoring="semantic",
+    ),
+    Variant("stage 1 only", "its stage 1 alone, and so less time", "loss", stage=1),
+    Variant(
+        "without prefix loss",
+        "stage 2 without documents that share a docid prefix",
+        "loss",
+        ("ContrastiveConfig.prefix = 0.0",),
+    ),
+    Variant(
+        "without retrieval loss",
+        "stage 2 without retrieved and in-batch documents",
+        "loss",
+        ("ContrastiveConfig.retrieval = 0.0",),
+    ),
+)
+
+
+def chosen_variants(names: Sequence[str] | None, docids: Sequence[str]) -> list[Variant]:
+    """The rows to train, `FULL` first whether it is named or not, since all are compared with it.
+
+    Args:
+      names: of `VARIANTS`, with blanks or hyphens; all of them for None.
+      docids: kinds of identifiers, a row each.
+
+    Raises:
+      UserError: a name that is unknown.
+    """
+    known = {variant.slug: variant for variant in VARIANTS}
+    wanted = known if names is None else [name.strip().replace(" ", "-") for name in names]
+    for name in wanted:
+        if name not in known:
+            raise UserError(f"variant {name!r} is not known; choose of {', '.join(known)}")
+    for kind in docids:
+        if kind not in KINDS:
+            raise UserError(f"docids {kind!r} are not known; choose of {', '.join(KINDS)}")
+    rows = [variant for slug, variant in known.items() if slug == FULL or slug in wanted]
+    return rows + [
+        Variant(
+            f"docids {kind}",
+            f"the whole method with identifiers of kind {kind}",
+            "docids",
+            (f"DocidConfig.kind = {kind!r}", "DocidConfig.settings = {}"),
+        )
+        for kind in dict.fromkeys(docids)
+    ]
+
+
+def without_repetition(variants: Sequence[Variant], full: Recipe) -> list[Variant]:
+    """The variants without the row of those identifiers that the full method has anyway.
+
+    Raises:
+      UserError: a variant would leave out what the recipe has not, or all of stage 2.
+    """
+    config = full.contrastive
+    losses = {"without prefix loss": "prefix", "without retrieval loss": "retrieval"}
+    kept = []
+    for variant in variants:
+        if variant.name == f"docids {full.docids.kind}":
+            log.info("%s: is %s itself", variant.name, FULL)
+            continue
+        loss = losses.get(variant.name)
+        if loss and not (config.prefix and config.retrieval):
+            gone = "prefix" if not config.prefix else "retrieval"
+            raise UserError(
+                f"variant {variant.slug} makes no sense where ContrastiveConfig.{gone} is 0; "
+                "give it a weight, or choose other --variants"
+            )
+        kept.append(variant)
+    if not config.wanted:
+        raise UserError(
+            "ContrastiveConfig.prefix and ContrastiveConfig.retrieval are 0, and so dogr has no "
+            "stage 2 to take apart; give one of them a weight above 0"
+        )
+    return kept

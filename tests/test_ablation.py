@@ -1,0 +1,405 @@
+"""The ablation from end to end on a tiny collection, trained once; and what goes wrong in one."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from tiny import FAST, tiny_corpus
+
+from genret_jax import Retriever, UserError
+from genret_jax.ablation import FILES, Report, ablate
+from genret_jax.ablation import run as ablation_run
+from genret_jax.ablation.report import Measured, Row
+from genret_jax.ablation.variants import BASELINES, chosen_variants
+from genret_jax.cli import main
+from genret_jax.corpus import read_run, write_corpus
+from genret_jax.evaluation import DEFAULT_METRICS, evaluate
+from genret_jax.fit import fit
+from genret_jax.recipe import load_recipe
+from genret_jax.significance import holm
+from genret_jax.training.interruption import Interrupted
+
+BINDINGS = [
+    *FAST,
+    "DocidConfig.kind = 'keywords'",
+    "DocidConfig.settings = {}",
+    "DataConfig.held_out = 0.0",
+    "TrainConfig.start = 'random'",
+    "TrainConfig.steps = 6",
+    "TrainConfig.evaluations = 1",
+    "ContrastiveConfig.source = 'bm25'",
+    "ContrastiveConfig.share = 0.4",
+    "ContrastiveConfig.steps = 4",
+    "ContrastiveConfig.batch_size = 16",
+    "ContrastiveConfig.evaluations = 1",
+    "ContrastiveConfig.document_length = 8",
+    "ContrastiveConfig.mined = 4",
+]
+GIN = [part for binding in BINDINGS for part in ("--gin", binding)]
+VARIANTS = "generation-only,stage-1-only"
+ROWS = ["bm25", "bm25+q", "dogr", "generation only", "stage 1 only"]
+
+
+@pytest.fixture(scope="module")
+def collection(tmp_path_factory):
+    """Without dev queries: the last parameters are kept, and nothing is compiled to choose them."""
+    folder = tmp_path_factory.mktemp("data") / "tiny"
+    corpus = tiny_corpus()
+    del corpus.qrels["dev"]
+    write_corpus(corpus, folder)
+    return folder
+
+
+def command(collection, out, *more):
+    return ["ablate", str(collection), "--out", str(out), "--docids", "", *GIN, *more]
+
+
+@pytest.fixture(scope="module")
+def ablation(collection, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "ablation"
+    assert main(command(collection, out, "--variants", VARIANTS)) == 0
+    return out
+
+
+def run_of(ablation, name):
+    (folder,) = (ablation / "runs").glob(f"{name}-seed-*")
+    return folder
+
+
+@pytest.fixture
+def pretended(ablation, monkeypatch):
+    """In place of a training, a copy of one; the list of trainings that were asked for."""
+    asked = []
+
+    def copied(corpus, *, out, **settings):
+        asked.append((out.name.rsplit("-", 1)[0], settings))
+        source = run_of(ablation, "stage-1" if settings.get("stage") == 1 else "dogr")
+        shutil.copytree(source / "retriever", out / "retriever")
+
+    monkeypatch.setattr(ablation_run, "fit", copied)
+    return asked
+
+
+# ---- a real one
+
+
+def test_everything_is_there(ablation):
+    assert {path.name for path in ablation.iterdir()} == {"runs", "results", "trec", *FILES}
+    trained = {re.sub("-[0-9a-f]{10}$", "", path.name) for path in (ablation / "runs").iterdir()}
+    assert trained == {"stage-1-seed-0", "dogr-seed-0"}
+    for run in (ablation / "runs").iterdir():
+        assert (run / "retriever" / "retriever.json").is_file() and (run / "curves.png").is_file()
+    assert (ablation / "ablation.png").stat().st_size > 10_000
+    assert not [p for p in ablation.rglob(".*") if "checkpoints" not in p.parts], "all is renamed"
+
+
+def test_numbers_are_those_of_the_written_rankings(ablation):
+    report = json.loads((ablation / "ablation.json").read_text())
+    assert list(report["rows"]) == ROWS and report["queries"] == 8 and not report["failures"]
+    for name, row in report["rows"].items():
+        seed = "" if row["group"] == "baseline" else "-seed-0"
+        run = read_run(ablation / "trec" / f"{name.replace(' ', '-')}{seed}.trec")
+        assert row["mean"] == pytest.approx(evaluate(run, tiny_corpus().qrels["test"])), name
+        assert set(row["mean"]) == set(DEFAULT_METRICS)
+    rows = report["rows"]
+    assert report["best_baseline"] in ("bm25", "bm25+q")
+    assert set(rows["stage 1 only"]["against"]) == {"dogr", report["best_baseline"]}
+    assert set(rows["dogr"]["against"]) == {report["best_baseline"]}
+    assert rows["stage 1 only"]["minutes"] < rows["dogr"]["minutes"], "stage 1 counts for both"
+
+
+def test_a_row_of_scoring_is_another_search_of_the_full_run(ablation):
+    retriever = Retriever.load(run_of(ablation, "dogr"))
+    queries = tiny_corpus().split_queries("test")
+    hits = retriever.search(list(queries.values()), k=100, scoring="generation")
+    run = read_run(ablation / "trec" / "generation-only-seed-0.trec")
+    for query, found in zip(queries, hits, strict=True):
+        assert run[query] == {hit.document: hit.score for hit in found}
+
+
+def test_a_second_call_trains_nothing_and_prints_one_object(
+    ablation, collection, capsys, pretended
+):
+    before = (ablation / "ablation.json").read_text()
+    assert main(command(collection, ablation, "--variants", VARIANTS, "--json")) == 0
+    captured = capsys.readouterr()
+    assert captured.out.count("\n") == 1
+    printed = json.loads(captured.out)
+    assert {k: printed[k] for k in json.loads(before)} == json.loads(before)
+    assert [ablation / name for name in FILES] == [type(ablation)(p) for p in printed["written"]]
+    assert captured.err.count("is there") == 5 and "[5/5] stage 1 only, seed 0" in captured.err
+    assert not pretended
+
+
+def test_stage_2_from_a_shared_stage_1_is_that_of_one_run(ablation, collection, tmp_path):
+    # The same stage 1 with its checkpoints in the run's own folder, as a plain `fit` leaves it.
+    shutil.copytree(run_of(ablation, "stage-1"), tmp_path / "plain")
+    recipe = load_recipe("dogr", bindings=[*BINDINGS, "TrainConfig.seed = 0"])
+    plain = fit(collection, recipe=recipe, out=tmp_path / "plain")
+    shared = Retriever.load(run_of(ablation, "dogr"))
+    a, b = (load_file(r.folder / "model.safetensors") for r in (plain, shared))
+    assert a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) for k in a)
+    first = load_file(run_of(ablation, "stage-1") / "retriever" / "model.safetensors")
+    assert any(not np.array_equal(a[k], first[k]) for k in a), "stage 2 has changed them"
+    assert plain.about["fusion"] == shared.about["fusion"]
+    assert plain.about["training"]["steps"] == shared.about["training"]["steps"] == 10
+
+
+# ---- stage 1 of another run, where it cannot be
+
+
+@pytest.mark.parametrize(
+    ("bindings", "stage", "place", "message"),
+    [
+        (["TrainConfig.seed = 1"], None, "stage-1", "its train differs"),
+        (["DocidConfig.kind = 'naive'"], None, "stage-1", "its docids differs"),
+        (["ContrastiveConfig.learned_temperature = True"], None, "stage-1", "learned_temperature"),
+        ([], None, "dogr", "holds a retriever of stage 2"),
+        ([], 1, "stage-1", "no stage 2 is wanted"),
+        (
+            ["ContrastiveConfig.prefix = 0", "ContrastiveConfig.retrieval = 0"],
+            None,
+            "stage-1",
+            "no stage 2 is wanted",
+        ),
+    ],
+)
+def test_another_stage_1(bindings, stage, place, message, ablation, collection, tmp_path):
+    recipe = load_recipe("dogr", bindings=[*BINDINGS, *bindings])
+    with pytest.raises(UserError, match=message):
+        fit(
+            collection,
+            recipe=recipe,
+            out=tmp_path / "new",
+            stage=stage,
+            stage_one=run_of(ablation, place),
+        )
+    assert not (tmp_path / "new").exists()
+
+
+def test_stage_1_of_another_corpus_or_of_none(ablation, tmp_path):
+    corpus = tiny_corpus()
+    del corpus.qrels["dev"], corpus.qrels["train"]["bees-train-0"]
+    recipe = load_recipe("dogr", bindings=BINDINGS)
+    with pytest.raises(UserError, match="stage 1 of another corpus"):
+        fit(corpus, recipe=recipe, out=tmp_path / "a", stage_one=run_of(ablation, "stage-1"))
+    with pytest.raises(UserError, match="holds no retriever"):
+        fit(corpus, recipe=recipe, out=tmp_path / "a", stage_one=tmp_path / "nothing")
+
+
+# ---- what is trained, with copies in place of trainings
+
+
+def test_stage_1_is_trained_once_a_seed_and_kind(collection, tmp_path, pretended, capsys):
+    more = ["--docids", "rq,keywords", "--seeds", "0,1", "--minutes", "10"]
+    more += ["--variants", "without-retrieval-loss,stage-1-only,semantic-only"]
+    assert main(command(collection, tmp_path / "out", *more)) == 0
+    names = [name for name, _ in pretended]
+    assert len(names) == len(set(names)) == 2 * (1 + 2 + 2), names
+    for seed in (0, 1):
+        for name in ("stage-1", "dogr", "stage-1-docids-rq", "docids-rq"):
+            assert f"{name}-seed-{seed}" in names
+    for name, settings in pretended:
+        assert settings["minutes"] == (6 if name.startswith("stage-1") else 10), "a share of 0.4"
+        assert str(settings["recipe"].train.seed) == name[-1]
+    by_name = dict(pretended)
+    recipe = by_name["without-retrieval-loss-seed-1"]["recipe"]
+    assert recipe.contrastive.retrieval == 0 and recipe.contrastive.prefix > 0
+    assert by_name["docids-rq-seed-0"]["stage_one"].name.startswith("stage-1-docids-rq-seed-0")
+    captured = capsys.readouterr()
+    assert (
+        "docids keywords: is dogr itself" in captured.err and "docids keywords" not in captured.out
+    )
+    assert "10 trainings left, about 48 minutes" in captured.err, "4 of 6 and 6 of 4"
+
+
+def test_one_failure_does_not_lose_the_others(collection, tmp_path, pretended, monkeypatch, capsys):
+    copied = ablation_run.fit
+
+    def fails(corpus, *, out, **settings):
+        if out.name.startswith("stage-1-docids-title"):
+            raise UserError("no document has a title")
+        if out.name.startswith("without-prefix-loss-seed-1"):
+            raise RuntimeError("out of\nmemory")
+        copied(corpus, out=out, **settings)
+
+    monkeypatch.setattr(ablation_run, "fit", fails)
+    out = tmp_path / "out"
+    more = ["--docids", "title,rq", "--seeds", "0,1", "--variants", "without-prefix-loss"]
+    assert main(command(collection, out, *more)) == 1
+    captured = capsys.readouterr()
+    failed = "RuntimeError: out of memory"
+    assert f"genret: without prefix loss, seed 1 failed: {failed}" in captured.err
+    table = (out / "ablation.md").read_text()
+    assert captured.out.startswith(table)
+    assert "| without prefix loss (1 of 2 seeds) | " in table and f"seed 1: {failed}\n" in table
+    assert "| docids title (failed) | –" in table and "no document has a title" in table
+    report = json.loads((out / "ablation.json").read_text())
+    assert report["rows"]["docids rq"]["mean"] and not report["rows"]["docids title"]["mean"]
+    assert len(report["failures"]) == 3
+    # Once it is mended, only what is missing is done.
+    pretended.clear()
+    monkeypatch.setattr(ablation_run, "fit", copied)
+    assert main(command(collection, out, *more)) == 0
+    assert len(pretended) == 5 and "failed" not in (out / "ablation.md").read_text()
+
+
+def test_it_goes_on_after_an_interruption(collection, tmp_path, pretended, monkeypatch, capsys):
+    copied = ablation_run.fit
+
+    def stops(corpus, *, out, **settings):
+        if out.name.startswith("without-prefix-loss"):
+            raise Interrupted("training stopped at step 3; run the same command to go on", 143)
+        copied(corpus, out=out, **settings)
+
+    monkeypatch.setattr(ablation_run, "fit", stops)
+    arguments = command(collection, tmp_path / "out", "--variants", "without-prefix-loss")
+    assert main(arguments) == 143
+    assert not (tmp_path / "out" / "ablation.md").exists(), "whole or not at all"
+    assert "run the same command" in capsys.readouterr().err
+    monkeypatch.setattr(ablation_run, "fit", copied)
+    assert main(arguments) == 0
+    assert [n for n, _ in pretended] == [
+        "stage-1-seed-0",
+        "dogr-seed-0",
+        "without-prefix-loss-seed-0",
+    ]
+    # Other minutes are another training; another split only another search.
+    pretended.clear()
+    assert main([*arguments, "--split", "train"]) == 0
+    assert not pretended
+    assert json.loads((tmp_path / "out" / "ablation.json").read_text())["split"] == "train"
+    assert main([*arguments, "--minutes", "3"]) == 0
+    assert len(pretended) == 3
+
+
+def test_a_damaged_result_is_measured_again(collection, tmp_path, pretended, capsys):
+    arguments = command(collection, tmp_path / "out", "--variants", "")
+    assert main(arguments) == 0
+    first = (tmp_path / "out" / "ablation.json").read_text()
+    (tmp_path / "out" / "results" / "dogr-seed-0.json").write_text('{"digest": ')
+    assert main(arguments) == 0
+    assert "damaged; measured again" in capsys.readouterr().err
+    assert (tmp_path / "out" / "ablation.json").read_text() == first and len(pretended) == 2
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--variants", "without-loss"], "choose of dogr, generation-only, semantic-only"),
+        (["--docids", "keywords,numbers"], "docids 'numbers' are not known"),
+        (["--seeds", "1,1"], "seeds 1, 1: give different whole numbers"),
+        (["--seeds", ""], "seeds none: give"),
+        (["--minutes", "0"], "minutes must be above 0"),
+        (["--split", "tset"], "no split 'tset'"),
+        (["--size", "huge"], "size 'huge' is not known"),
+        (["--gin", "ContrastiveConfig.prefix = 0"], "choose other --variants"),
+        (
+            [
+                *("--gin", "ContrastiveConfig.prefix = 0", "--variants", ""),
+                *("--gin", "ContrastiveConfig.retrieval = 0"),
+            ],
+            "no stage 2 to take apart",
+        ),
+        (["--out", "{foreign}"], "is not an ablation of genret_jax"),
+        (["--out", "{file}"], "is a file"),
+    ],
+)
+def test_mistakes_are_found_before_anything_is_trained(
+    more, message, collection, tmp_path, pretended, capsys
+):
+    (tmp_path / "foreign").mkdir()
+    for file in (tmp_path / "foreign" / "thesis.tex", tmp_path / "file"):
+        file.write_text("mine")
+    more = [part.format(foreign=tmp_path / "foreign", file=tmp_path / "file") for part in more]
+    assert main(command(collection, tmp_path / "out", *more)) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err.splitlines()[-1] and not captured.out
+    assert not pretended and not (tmp_path / "out").exists()
+
+
+def test_seeds_that_are_no_numbers(collection, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(command(collection, tmp_path, "--seeds", "0,x"))
+    assert "'0,x' are no whole numbers with commas between them" in capsys.readouterr().err
+
+
+def test_a_corpus_without_train_queries_has_one_baseline(tmp_path, pretended):
+    corpus = tiny_corpus()
+    del corpus.qrels["train"]
+    report = ablate(corpus, out=tmp_path / "out", variants=[], docids=[], bindings=BINDINGS)
+    assert [row.name for row in report.rows] == ["bm25", "dogr"]
+
+
+# ---- the report
+
+
+def made(seeds=(0, 1)) -> Report:
+    """A report of invented numbers over four queries."""
+    values = {
+        "bm25": {None: [0, 0, 0, 1]},
+        "bm25+q": {None: [0, 1, 0, 1]},
+        "dogr": {0: [1, 1, 0, 1], 1: [1, 1, 1, 1]},
+        "stage 1 only": {0: [1, 0, 0, 1], 1: [0, 0, 0, 1]},
+    }
+    rows = []
+    for variant in (*BASELINES, *chosen_variants(["stage-1-only"], ["rq"])):
+        measured = tuple(
+            Measured(
+                seed,
+                {metric: np.array(hits, np.float64) for metric in DEFAULT_METRICS},
+                "" if seed is None else "runs/x",
+                seconds=60.0 * (1 + (seed or 0)),
+            )
+            for seed, hits in values.get(variant.name, {}).items()
+            if seed is None or seed in seeds
+        )
+        rows.append(Row(variant, measured, {} if measured else {"0": "too few documents"}))
+    return Report(tuple(rows), "invented", "test", 4, tuple(seeds), 5.0, "atomic")
+
+
+def test_report_by_hand(tmp_path):
+    report = made()
+    rows = {row.name: row for row in report.rows}
+    assert rows["dogr"].mean["hits@1"] == 0.875
+    # 0.75 and 1: each 0.125 from their mean, and n - 1 is one.
+    assert rows["dogr"].spread["hits@1"] == pytest.approx(np.sqrt(2 * 0.125**2))
+    assert rows["dogr"].per_query["mrr@10"].tolist() == [1, 1, 0.5, 1]
+    assert rows["bm25"].spread == {} and rows["dogr"].minutes == 1.5
+    assert report.best_baseline == "bm25+q"
+    tests = report.tests["dogr"]
+    assert list(tests) == ["bm25", "bm25+q", "stage 1 only"]
+    raw = [one["hits@1"].randomisation for one in tests.values()]
+    assert [one["hits@1"].randomisation_holm for one in tests.values()] == holm(raw)
+    assert tests["stage 1 only"]["mrr@10"].difference == pytest.approx(0.375 - 0.875)
+    lines = report.table().splitlines()
+    assert lines[0].endswith(
+        "p hits@1, dogr | p mrr@10, dogr | p hits@1, bm25+q | p mrr@10, bm25+q |"
+    )
+    assert lines[4].startswith("| dogr | **0.875** ± 0.177 | ") and "| 1.5 | – | – |" in lines[4]
+    assert lines[6].startswith("| docids rq (failed) | – |") and set(lines[6][22:]) == set(" |–")
+    assert len({line.count("|") for line in lines}) == 1
+    assert "- docids rq, seed 0: too few documents" in report.markdown()
+    found = list(csv.DictReader(io.StringIO(report.csv())))
+    assert [line["variant"] for line in found] == list(rows)
+    assert float(found[2]["mrr@10 seed 1"]) == 1.0 and found[4]["failed"] == "too few documents"
+    assert float(found[3]["hits@1 difference bm25+q"]) == pytest.approx(0.375 - 0.5)
+    report.write(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == set(FILES)
+    assert json.loads((tmp_path / "ablation.json").read_text()) == report.to_dict()
+
+
+def test_one_seed_has_no_spread_and_all_may_fail(tmp_path):
+    assert "±" not in made(seeds=(0,)).table() and "one seed" in made(seeds=(0,)).markdown()
+    rows = [Row(row.variant, (), {"0": "no"}) for row in made().rows]
+    report = Report(tuple(rows), "invented", "test", 4, (0,), None, "atomic")
+    assert report.best_baseline == "" and report.tests == {}
+    report.write(tmp_path)
+    assert (tmp_path / "ablation.md").read_text().count("(failed)") == 5

@@ -1,0 +1,416 @@
+"""Stage 2 from end to end on the tiny collection: what it leaves, resumes, and searches with."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import shutil
+import signal
+
+import jax
+import numpy as np
+import pytest
+from tiny import FAST, tiny_corpus
+
+from genret_jax import Retriever, UserError, cli
+from genret_jax.cli import main
+from genret_jax.corpus import write_corpus
+from genret_jax.data.contrastive import ContrastiveBatches
+from genret_jax.fit import fit
+from genret_jax.indexing import Index, build_index
+from genret_jax.negatives import Negatives
+from genret_jax.recipe import load_recipe
+from genret_jax.splitting import split_corpus
+from genret_jax.stages.common import Materials
+from genret_jax.stages.second import train_ranking
+from genret_jax.training import partitioning
+from genret_jax.training.budget import Clock
+from genret_jax.training.interruption import Interrupted
+from genret_jax.training.journal import read_records
+from genret_jax.vectors import DocumentVectors
+from genret_jax.weights import load_weights, save_weights
+
+# Rates at which so few steps change something. Docids of two tokens, so that some share a prefix.
+BINDINGS = (
+    *FAST,
+    "TrainConfig.learning_rate = 1e-2",
+    "ContrastiveConfig.learning_rate = 1e-2",
+    "DocidConfig.kind = 'rq'",
+    "DocidConfig.settings = {'codebooks': 2, 'codes': 4}",
+)
+QUERY = "bread from an oven"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_device():
+    """Programs for one device are soon compiled; tests/test_training.py has those for several."""
+    with pytest.MonkeyPatch.context() as patch:
+        one = functools.partial(partitioning.make_mesh, devices=jax.devices()[:1])
+        patch.setattr(partitioning, "make_mesh", one)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch):
+    """The command line would leave a log handler for the stderr of one test to the next."""
+    monkeypatch.setattr(cli, "_quiet", lambda: None)
+
+
+@pytest.fixture(scope="module")
+def collection(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "tiny"
+    write_corpus(tiny_corpus(), folder)
+    return folder
+
+
+def _recipe(*more, method="dogr"):
+    return load_recipe(method, bindings=[*BINDINGS, *more])
+
+
+@pytest.fixture(scope="module")
+def run(collection, tmp_path_factory):
+    """Both stages in one go."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    fit(collection, recipe=_recipe(), out=out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def retriever(run):
+    return Retriever.load(run)
+
+
+def _after_stage_1(run, out):
+    """A folder as the run's own was between the stages."""
+    out.mkdir()
+    shutil.copyfile(run / "run.json", out / "run.json")
+    for name in ("index", "training"):
+        shutil.copytree(run / name, out / name)
+    return out
+
+
+def _equal(a, b):
+    return all(jax.tree.leaves(jax.tree.map(lambda x, y: bool((x == y).all()), a, b)))
+
+
+def _same_retriever(a, b):
+    one, other = Retriever.load(a), Retriever.load(b)
+    assert _equal(one.params, other.params)
+    assert (one.vectors.values == other.vectors.values).all()
+    left, right = (
+        {k: v for k, v in r.about.items() if k not in ("training", "corpus")} for r in (one, other)
+    )
+    assert left == right
+    assert one.search(QUERY, k=8) == other.search(QUERY, k=8)
+
+
+# --- what a run leaves -------------------------------------------------------------------------
+
+
+def test_the_folder_says_what_was_done(run, retriever):
+    assert (run / "retriever" / "vectors.npy").is_file()
+    about = json.loads((run / "retriever" / "retriever.json").read_text())
+    assert set(about["fusion"]) == {"alpha", "weight"}
+    stage = about["second_stage"]
+    assert stage["steps"] == 20 and about["training"]["steps"] == 50
+    assert stage["vector"] == "decoder_first" and stage["similarity"] == "cosine"
+    assert stage["vectors"] == {"store": "float32", "bytes": 8 * 16 * 4}
+    curve = {float(weight): value for weight, value in stage["fusion"]["dev"].items()}
+    assert curve[about["fusion"]["weight"]] == max(curve.values())
+    negatives = stage["negatives"]
+    questions = len({query for query, _ in tiny_corpus().pairs("train")})
+    assert negatives["source"] == "model" and negatives["retrieved"]["rows"] == questions + 8
+    assert negatives["prefix"]["mean"] > 0 and negatives["retrieved"]["mean"] > 0
+    assert {"mrr@10", "generation_mrr@10", "semantic_mrr@10"} <= set(about["dev"])
+    assert (run / "curves.png").read_bytes() == (run / "ranking" / "curves.png").read_bytes()
+
+
+def test_negatives_are_of_the_corpus_and_never_relevant(run):
+    found = Negatives.load(run / "ranking" / "negatives" / "0")
+    corpus = tiny_corpus()
+    relevant: dict[str, set[int]] = {}
+    for query, position in corpus.pairs("train"):
+        relevant.setdefault(query, set()).add(position)
+    assert found.prefix.shape[0] == len(corpus.documents) and found.retrieved.shape[1] == 4
+    for row, known in zip(found.retrieved.tolist(), relevant.values(), strict=False):
+        assert not set(row) & known
+    own = found.retrieved[len(relevant) :]  # beginnings of the documents themselves
+    assert not (own == np.arange(len(corpus.documents))[:, None]).any()
+
+
+def test_the_journal_has_every_part_of_the_loss(run):
+    records = read_records(run / "ranking" / "metrics.jsonl", up_to=99)
+    last = [r for r in records if r["kind"] == "train"][-1]
+    assert {"prefix_nce", "retrieval_nce", "prefix_accuracy", "retrieval_accuracy"} <= set(last)
+    assert "temperature" not in last
+    config = _recipe().contrastive
+    parts = config.prefix * last["prefix_nce"] + config.retrieval * last["retrieval_nce"]
+    assert last["loss"] > parts > 0
+
+
+# --- scores ------------------------------------------------------------------------------------
+
+
+def _query_vector(retriever, query):
+    ranker = retriever.ranker
+    tokens = ranker.vocabulary.encode_batch([query], ranker.input_length)
+    vector = np.asarray(ranker.model.vectors(retriever.params, tokens))[0]
+    return vector / np.linalg.norm(vector)
+
+
+def _position(document):
+    return tiny_corpus().index[document]
+
+
+def test_a_fused_score_is_made_of_its_parts(retriever):
+    fusion, trie = retriever.about["fusion"], retriever.index.trie
+    hits = retriever.search(QUERY, k=8)
+    assert len(hits) == 8 and [h.score for h in hits] == [h.fused for h in hits]
+    vector = _query_vector(retriever, QUERY)
+    rows = np.repeat(np.arange(len(trie.rows)), np.diff(trie.row_offsets))
+    for hit in hits:
+        position = _position(hit.document)
+        row = trie.rows[rows[trie.row_documents == position][0]]
+        semantic = retriever.vectors[np.array([position])][0] @ vector
+        assert hit.semantic == pytest.approx(semantic, abs=1e-5)
+        mean = hit.generation / (row > 0).sum() ** fusion["alpha"]
+        assert hit.fused == pytest.approx(mean + fusion["weight"] * hit.semantic, abs=1e-4)
+
+
+def test_saved_vectors_are_the_models(retriever):
+    model, vocabulary = retriever.ranker.model, retriever.index.vocabulary
+    texts = [d.whole for d in tiny_corpus().documents]
+    vectors = np.array(model.vectors(retriever.params, vocabulary.encode_batch(texts, 16)))
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    np.testing.assert_allclose(retriever.vectors[np.arange(8)], vectors, atol=1e-5)
+
+
+@pytest.mark.parametrize("scoring", ["generation", "semantic", "fused"])
+def test_each_scoring_orders_by_its_own_number(scoring, run, retriever, capsys):
+    arguments = ["search", str(run), QUERY, "-k", "8", "--scoring", scoring, "--json"]
+    assert main(arguments) == 0
+    hits = json.loads(capsys.readouterr().out)["hits"]
+    values = [hit[scoring] for hit in hits]
+    assert values == sorted(values, reverse=True) == [hit["score"] for hit in hits]
+    names = {hit["document"]: hit for hit in hits}
+    for hit in retriever.search(QUERY, k=8):  # the parts are the same, whatever they are ranked by
+        for part in ("generation", "semantic", "fused"):
+            assert names[hit.document][part] == pytest.approx(getattr(hit, part), abs=1e-5)
+
+
+def test_scoring_is_an_option_of_evaluate(run, capsys):
+    for scoring in ("generation", "semantic"):
+        assert main(["evaluate", str(run), "--scoring", scoring, "--split", "dev", "--json"]) == 0
+        values = json.loads(capsys.readouterr().out)["methods"]["dogr"]
+        assert 0 <= values["mrr@10"] <= 1
+    assert main(["search", str(run), QUERY, "--scoring", "sematnic"]) == 2
+    assert "choose one of fused, generation, semantic" in capsys.readouterr().err
+
+
+def test_a_narrow_beam_ranks_what_it_reached(retriever):
+    wide = {hit.document: hit for hit in retriever.search(QUERY, k=8)}
+    narrow = retriever.search(QUERY, k=2, beam=3)
+    assert len(narrow) == 2
+    for hit in narrow:
+        assert hit.semantic == pytest.approx(wide[hit.document].semantic, abs=1e-5)
+
+
+# --- stages ------------------------------------------------------------------------------------
+
+
+def test_stage_by_stage_equals_one_go(run, collection, tmp_path):
+    out = _after_stage_1(run, tmp_path / "run")
+    first = fit(collection, recipe=_recipe(), out=out, stage=1)
+    assert first.vectors is None and "fusion" not in first.about
+    assert first.about["training"]["steps"] == 30
+    assert first.search(QUERY, k=3)[0].fused is None
+    fit(collection, recipe=_recipe(), out=out, stage=2)
+    _same_retriever(run, out)
+
+
+def test_an_interrupted_stage_2_goes_on_to_the_same(run, collection, tmp_path, monkeypatch):
+    out = _after_stage_1(run, tmp_path / "run")
+    _interrupt_at(13, monkeypatch)
+    with pytest.raises(Interrupted):
+        fit(collection, recipe=_recipe(), out=out)
+    monkeypatch.undo()
+    assert not (out / "retriever").exists()
+    fit(collection, recipe=_recipe(), out=out)
+    _same_retriever(run, out)
+    a, b = (read_records(x / "ranking" / "metrics.jsonl", up_to=99) for x in (run, out))
+    dev = [[r for r in records if r["kind"] == "dev"] for records in (a, b)]
+    assert dev[0] == dev[1] and [r["step"] for r in dev[0]] == [0, 10, 20]
+
+
+def _interrupt_at(step, monkeypatch):
+    """Sends SIGTERM to this process when a certain batch of stage 2 is asked for."""
+    plain = ContrastiveBatches.__getitem__
+
+    def item(self, n):
+        if n == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(self, n)
+
+    monkeypatch.setattr(ContrastiveBatches, "__getitem__", item)
+
+
+def _materials(recipe, index):
+    corpus = tiny_corpus()
+    split = split_corpus(corpus, recipe.data, seed=recipe.train.seed)
+    return Materials(corpus.documents, split, index, recipe)
+
+
+def test_negatives_are_mined_again_and_resume_to_the_same(run, retriever, tmp_path, monkeypatch):
+    recipe = _recipe("ContrastiveConfig.refresh_every = 6", "ContrastiveConfig.evaluations = 1")
+    materials = _materials(recipe, Index.load(run / "index"))
+    params = jax.device_get(retriever.params)  # any will do to begin with
+
+    def stage_2(name):
+        return train_ranking(materials, params, tmp_path / name, Clock(None))
+
+    whole = stage_2("whole")
+    folders = sorted((tmp_path / "whole" / "negatives").iterdir(), key=lambda p: int(p.name))
+    assert [p.name for p in folders] == ["0", "6", "12", "18"]
+    tables = [Negatives.load(p).retrieved for p in folders]
+    assert any((tables[0] != t).any() for t in tables[1:]), "the model has changed its mind"
+    _interrupt_at(14, monkeypatch)
+    with pytest.raises(Interrupted):
+        stage_2("parts")
+    monkeypatch.undo()
+    parts = stage_2("parts")
+    assert _equal(whole.result.params, parts.result.params)
+    assert (whole.vectors.values == parts.vectors.values).all() and whole.fusion == parts.fusion
+    for folder in folders:
+        again = Negatives.load(tmp_path / "parts" / "negatives" / folder.name)
+        assert (again.retrieved == Negatives.load(folder).retrieved).all()
+
+
+def test_stage_2_wants_stage_1_and_a_second_stage(collection, tmp_path, capsys):
+    options = [part for binding in BINDINGS for part in ("--gin", binding)]
+    start = ["fit", str(collection), "--out", str(tmp_path / "run"), *options]
+    for more, message in (
+        (["--stage", "2"], "stage 1 is not done here"),
+        (["--stage", "3"], "stage must be 1 or 2"),
+        (["--stage", "2", "--method", "dsi"], "method dsi has one stage"),
+    ):
+        assert main([*start, *more]) == 2
+        error = capsys.readouterr().err.splitlines()
+        assert error[-1].startswith("genret: ") and message in error[-1]
+
+
+# --- retrievers without vectors, and with smaller ones -------------------------------------------
+
+
+def test_a_retriever_of_one_stage_refuses_what_needs_vectors(collection, tmp_path, capsys):
+    # Without dropout, as in dogr, so that its step is compiled already.
+    recipe = _recipe("NetworkConfig.dropout_rate = 0.0", "TrainConfig.steps = 2", method="dsi")
+    fit(collection, recipe=recipe, out=tmp_path / "run")
+    retriever = Retriever.load(tmp_path / "run")
+    assert retriever.vectors is None and not (retriever.folder / "vectors.npy").exists()
+    hits = retriever.search(QUERY, k=8)
+    assert len(hits) == 8 and all(h.semantic is h.fused is None for h in hits)
+    assert [h.score for h in hits] == [h.generation for h in hits]
+    assert retriever.search(QUERY, k=8, scoring="generation") == hits
+    for scoring in ("semantic", "fused"):
+        assert main(["search", str(tmp_path / "run"), QUERY, "--scoring", scoring]) == 2
+        captured = capsys.readouterr()
+        assert captured.err.count("\n") == 1 and "needs document vectors" in captured.err
+        assert not captured.out
+
+
+@pytest.mark.parametrize("store", ["float32", "bfloat16", "int8"])
+def test_smaller_vectors_search_within_their_rounding(store, retriever, tmp_path):
+    plain = retriever.vectors[np.arange(8)]
+    small = dataclasses.replace(retriever, vectors=DocumentVectors.of(plain, store=store))
+    small.save(tmp_path / "copy")
+    small = Retriever.load(tmp_path / "copy")
+    assert small.vectors.store == store
+    query = _query_vector(retriever, QUERY)
+    # bfloat16 rounds by half a unit in the last of 8 bits, int8 by half a step in each dimension.
+    bound = {
+        "float32": np.zeros(8),
+        "bfloat16": 2.0**-8 * (np.abs(plain) @ np.abs(query)),
+        "int8": np.abs(plain).max(1) / 254 * np.abs(query).sum(),
+    }[store]
+    exact = {hit.document: hit.semantic for hit in retriever.search(QUERY, k=8)}
+    found = small.search(QUERY, k=8)
+    assert len(found) == 8
+    for hit in found:
+        error = abs(hit.semantic - exact[hit.document])
+        assert error <= bound[_position(hit.document)] + 1e-5
+
+
+def test_vectors_of_another_collection_are_found_out(retriever, tmp_path):
+    retriever.save(tmp_path / "copy")
+    np.save(tmp_path / "copy" / "vectors.npy", np.zeros((3, 16), np.float32))
+    with pytest.raises(UserError, match=r"shape \(3, 16\), but the retriever has 8 documents"):
+        Retriever.load(tmp_path / "copy")
+    (tmp_path / "copy" / "vectors.npy").unlink()
+    with pytest.raises(UserError, match="no whole document vectors here"):
+        Retriever.load(tmp_path / "copy")
+
+
+# --- kinds of docids and vectors -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("docids", "more"),
+    [
+        # One token; several, of many lengths; several of one length, with prefixes in common. All
+        # seven kinds were tried once by hand: they differ in nothing else here.
+        ("atomic", ("vector = 'encoder_mean'", "learned_temperature = True")),
+        ("title", ("vector = 'decoder_mean'", "similarity = 'dot'", "store = 'bfloat16'")),
+        ("hierarchical", ("source = 'bm25'", "store = 'int8'", "chunk = 12")),
+    ],
+)
+def test_kinds_of_docids_and_vectors(docids, more, tmp_path):
+    recipe = _recipe(
+        "ContrastiveConfig.steps = 4",
+        "ContrastiveConfig.evaluations = 1",
+        f"DocidConfig.kind = '{docids}'",
+        "DocidConfig.settings = {}",
+        *(f"ContrastiveConfig.{line}" for line in more),
+    )
+    config = recipe.contrastive
+    index = build_index(
+        tiny_corpus(), tmp_path / "index", docids=recipe.docids, vocabulary=recipe.vocabulary
+    )
+    materials = _materials(recipe, index)
+    params = jax.device_get(materials.model.init(jax.random.key(0))[0])
+    second = train_ranking(materials, params, tmp_path / "ranking", Clock(None))
+    assert second.vectors.store == config.store
+    assert second.report["negatives"]["source"] == config.source
+
+    ranker = materials.ranker(second.fusion)
+    (hits,) = ranker.rank(
+        second.result.params,
+        [QUERY],
+        k=8,
+        beam=8,
+        vectors=second.vectors.__getitem__,
+        scoring="fused",
+    )
+    assert len(hits) == 8 and np.isfinite([hit.fused for hit in hits]).all()
+    tokens = ranker.vocabulary.encode_batch([QUERY], ranker.input_length)
+    query = np.asarray(materials.model.vectors(second.result.params, tokens))[0]
+    query = query / np.linalg.norm(query) if config.similarity == "cosine" else query
+    for hit in hits:
+        semantic = second.vectors[np.array([hit.position])][0] @ query
+        assert hit.semantic == pytest.approx(semantic, rel=1e-4, abs=1e-5)
+
+    records = read_records(tmp_path / "ranking" / "metrics.jsonl", up_to=99)
+    temperatures = [r["temperature"] for r in records if "temperature" in r]
+    assert bool(temperatures) == config.learned_temperature
+    if temperatures:  # the mean over the steps logged together
+        assert temperatures[-1] == pytest.approx(config.temperature, rel=0.1)
+        assert temperatures[-1] != pytest.approx(config.temperature, rel=1e-4)
+
+
+def test_a_learned_temperature_is_saved_with_the_weights(tmp_path):
+    """It is the one parameter without axes."""
+    save_weights({"a": {"b": np.ones((2, 3))}, "log_temperature": np.float32(-0.5)}, tmp_path / "w")
+    found = load_weights(tmp_path / "w")
+    assert found["log_temperature"].shape == () and found["log_temperature"] == -0.5
+    assert found["a"]["b"].shape == (2, 3)

@@ -1,0 +1,102 @@
+"""The documents' vectors on disk: three stores there and back, and what a broken folder says."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from genret_jax.errors import UserError
+from genret_jax.vectors import STORES, DocumentVectors
+
+
+@pytest.fixture(scope="module")
+def vectors():
+    """Directions, one of them along an axis, and one vector of zeros."""
+    found = np.random.default_rng(0).normal(size=(7, 12)).astype(np.float32)
+    found[1] = np.eye(12)[3]
+    found /= np.linalg.norm(found, axis=1, keepdims=True)
+    found[4] = 0.0
+    return found
+
+
+def _bound(vectors, store):
+    """What rounding may change in every number."""
+    if store == "bfloat16":
+        return np.abs(vectors) * 2.0**-8
+    return np.abs(vectors).max(1, keepdims=True) / 254 if store == "int8" else 0.0 * vectors
+
+
+@pytest.mark.parametrize("store", STORES)
+def test_saved_and_loaded_within_rounding(store, vectors, tmp_path):
+    made = DocumentVectors.of(vectors, store=store)
+    made.save(tmp_path)
+    found = DocumentVectors.load(tmp_path, documents=7)
+    assert isinstance(found.values, np.memmap) and found.store == made.store == store
+    assert len(found) == 7 and found.num_bytes == made.num_bytes
+    rows = found[np.arange(7)]
+    assert rows.dtype == np.float32 and (rows == made[np.arange(7)]).all()
+    assert (np.abs(rows - vectors) <= _bound(vectors, store) * 1.0001).all()
+    assert (rows[4] == 0).all(), "a vector of zeros is one"
+    np.testing.assert_allclose(rows[1], vectors[1], rtol=1e-6)
+
+
+def test_bytes_of_each_store(vectors):
+    sizes = {s: DocumentVectors.of(vectors, store=s).num_bytes for s in STORES}
+    assert sizes == {"float32": 7 * 12 * 4, "bfloat16": 7 * 12 * 2, "int8": 7 * 12 + 7 * 4}
+
+
+@pytest.mark.parametrize("store", STORES)
+@pytest.mark.parametrize("positions", [[], [3], [6, 0, 6]])
+def test_any_positions_in_any_order(store, positions, vectors, tmp_path):
+    DocumentVectors.of(vectors, store=store).save(tmp_path)
+    found = DocumentVectors.load(tmp_path, documents=7)
+    some = found[np.array(positions, np.int32)]
+    assert some.shape == (len(positions), 12) and some.dtype == np.float32
+    assert (some == found[np.arange(7)][positions]).all()
+
+
+def test_int8_keeps_vectors_of_any_length():
+    """Each has its own scale, so that a long one leaves the others their digits."""
+    vectors = np.array([[1e-4, -5e-5], [1e4, 3e3]], np.float32)
+    found = DocumentVectors.of(vectors, store="int8")[np.arange(2)]
+    np.testing.assert_allclose(found, vectors, rtol=1.3e-2)
+
+
+def test_an_unknown_store_is_an_error(vectors):
+    with pytest.raises(ValueError, match="must be one of .*'int8'.* found 'int4'"):
+        DocumentVectors.of(vectors, store="int4")
+
+
+def _cut(path):
+    path.write_bytes(path.read_bytes()[:-3])
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (lambda f: (f / "vectors.npy").unlink(), "no whole document vectors here"),
+        (lambda f: _cut(f / "vectors.npy"), "no whole document vectors here"),
+        (lambda f: (f / "vectors.npy").write_bytes(b""), "no whole document vectors here"),
+        (lambda f: (f / "vectors.npy").write_bytes(b"rubbish" * 9), "no whole document vectors"),
+        (lambda f: (f / "vectors.scales.npy").unlink(), "no whole document vectors here"),
+        (lambda f: _cut(f / "vectors.scales.npy"), "no whole document vectors here"),
+        (lambda f: np.save(f / "vectors.npy", np.zeros((6, 12), np.int8)), "has 7 documents"),
+        (lambda f: np.save(f / "vectors.npy", np.zeros(7, np.float32)), "has 7 documents"),
+        (lambda f: np.save(f / "vectors.scales.npy", np.ones(3, np.float32)), "has 7 documents"),
+        (lambda f: np.save(f / "vectors.npy", np.zeros((7, 12), np.complex64)), "complex64"),
+    ],
+)
+def test_a_broken_folder_is_one_line(harm, message, vectors, tmp_path):
+    DocumentVectors.of(vectors, store="int8").save(tmp_path)
+    harm(tmp_path)
+    with pytest.raises(UserError, match=message) as caught:
+        DocumentVectors.load(tmp_path, documents=7)
+    text = str(caught.value)
+    assert "\n" not in text and str(tmp_path) in text and "run `genret fit` again" in text
+
+
+def test_saving_again_in_another_store_leaves_nothing_behind(vectors, tmp_path):
+    for store in ("int8", "float32"):
+        DocumentVectors.of(vectors, store=store).save(tmp_path)
+    found = DocumentVectors.load(tmp_path, documents=7)
+    assert found.store == "float32" and (found[np.arange(7)] == vectors).all()
