@@ -284,7 +284,6 @@ def _parser() -> argparse.ArgumentParser:
     command = verb(
         fit, "train a retriever over a corpus", "genret fit my_corpus --out runs/mine --minutes 15"
     )
-    command.add_argument("corpus", help="BEIR folder, or a corpus.jsonl[.gz]")
     command.add_argument("--out", required=True, help="folder of the run; made, or gone on with")
     command.add_argument("--minutes", type=float, help="end within so many minutes, all included")
     command.add_argument(
@@ -296,11 +295,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("run_folder", metavar="RUN", help="folder of a fit, or a retriever folder")
     command.add_argument("query")
     command.add_argument("-k", type=int, default=10, help="documents (default 10)")
-    command.add_argument("--beam", type=int, default=100, help="hypotheses (default 100)")
-    command.add_argument(
-        "--scoring",
-        help="fused, generation or semantic (default fused, where the retriever has vectors)",
-    )
+    _add_ranking_options(command)
 
     command = verb(
         evaluate,
@@ -316,11 +311,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="measure bm25 or bm25+q (train queries appended to documents) too; may be repeated",
     )
-    command.add_argument("--beam", type=int, default=100, help="hypotheses (default 100)")
-    command.add_argument(
-        "--scoring",
-        help="fused, generation or semantic (default fused, where the retriever has vectors)",
-    )
+    _add_ranking_options(command)
     command.add_argument("--run-file", help="write the ranking as a TREC run")
     command.add_argument("--corpus", help="where the corpus is now, if it was moved")
 
@@ -336,7 +327,6 @@ def _parser() -> argparse.ArgumentParser:
         "make identifiers and trie alone, and report on them",
         "genret index my_corpus --docids keywords --out runs/mine",
     )
-    command.add_argument("corpus", help="BEIR folder, or a corpus.jsonl[.gz]")
     command.add_argument("--out", required=True, help="folder of the run")
     _add_recipe_options(command)
 
@@ -354,7 +344,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_ranking_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--beam", type=int, default=100, help="hypotheses (default 100)")
+    command.add_argument(
+        "--scoring",
+        help="fused, generation or semantic (default fused, where the retriever has vectors)",
+    )
+
+
 def _add_recipe_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("corpus", help="BEIR folder, or a corpus.jsonl[.gz]")
     command.add_argument("--method", default="dogr", help="what to train (default dogr)")
     command.add_argument("--docids", help="kind of identifiers, instead of the method's own")
     _add_gin_options(command)

@@ -112,7 +112,7 @@ class TrainConfig:
         `genret_jax.training.lexical_start`.
       steps: of a run without a time budget.
       batch_size: examples of a global batch.
-      optimizer, learning_rate, schedule, warmup_steps, weight_decay, clip_norm: see
+      optimizer, learning_rate, schedule, warmup_steps, weight_decay, anchor, clip_norm: see
         `genret_jax.training.optimizers`.
       evaluations: dev evaluations, evenly spread; the last is at the end.
       metric: the dev metric by which the best parameters are chosen.
@@ -129,6 +129,7 @@ class TrainConfig:
     schedule: str = "cosine"
     warmup_steps: int = 200
     weight_decay: float = 0.01
+    anchor: float = 0.0
     clip_norm: float = 1.0
     evaluations: int = 8
     metric: str = "mrr@10"

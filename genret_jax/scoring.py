@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float32, Int32
 
 from genret_jax.evaluation import evaluate
-from genret_jax.trec import Qrels
+from genret_jax.trec import Qrels, Run
 
 SCORINGS = ("fused", "generation", "semantic")
 _ALPHAS = (0.0, 0.5, 1.0)
@@ -68,6 +68,33 @@ class Fusion:
         return mean + np.float32(self.weight) * found.semantic
 
 
+def run_of_candidates(
+    found: Mapping[str, Candidates],
+    fusion: Fusion,
+    document_ids: Sequence[str],
+    *,
+    scoring: str = "fused",
+) -> Run:
+    """Query id -> document id -> score.
+
+    Args:
+      found: query id -> candidates.
+      fusion: how to score them.
+      document_ids: by position.
+      scoring: see `Fusion.score`.
+    """
+    return {
+        query: dict(
+            zip(
+                (document_ids[position] for position in c.positions.tolist()),
+                fusion.score(c, scoring).tolist(),
+                strict=True,
+            )
+        )
+        for query, c in found.items()
+    }
+
+
 def fit_fusion(
     found: Mapping[str, Candidates],
     qrels: Qrels,
@@ -93,16 +120,7 @@ def fit_fusion(
     values: dict[tuple[float, float], float] = {}
     for alpha, weight in itertools.product(alphas, _WEIGHTS):
         fusion = Fusion(alpha, weight / temperature)
-        run = {
-            query: dict(
-                zip(
-                    (document_ids[p] for p in c.positions.tolist()),
-                    fusion.score(c).tolist(),
-                    strict=True,
-                )
-            )
-            for query, c in found.items()
-        }
+        run = run_of_candidates(found, fusion, document_ids)
         values[alpha, weight] = evaluate(run, qrels, (metric,))[metric]
     alpha, weight = max(values, key=lambda key: (values[key], -abs(key[1] - 1.0), -key[0]))
     curve = {w / temperature: v for (a, w), v in values.items() if a == alpha}

@@ -16,7 +16,7 @@ from genret_jax.errors import UserError
 def save_weights(params: Any, path: str | Path) -> None:
     """Writes a parameter tree; names are the tree's paths joined by "/"."""
     flat = traverse_util.flatten_dict(params, sep="/")
-    save_file({k: np.ascontiguousarray(v) for k, v in flat.items()}, str(path))
+    save_file({k: np.asarray(v, order="C") for k, v in flat.items()}, str(path))
 
 
 def load_weights(path: str | Path) -> Any:

@@ -8,8 +8,9 @@ import seqio
 import tensorflow as tf
 from tiny import tiny_corpus
 
+from genret_jax.corpus import Document
 from genret_jax.data.batches import Batches, Pool, length_buckets, materialise
-from genret_jax.data.examples import Ragged, make_examples
+from genret_jax.data.examples import Ragged, make_examples, query_frames
 from genret_jax.data.tasks import drop_words, register
 from genret_jax.data.vocabulary import SeqioVocabulary
 from genret_jax.docids.build import build_docids
@@ -92,6 +93,100 @@ def test_indexing_pieces_are_of_their_document(corpus, examples, vocabulary, tab
         assert text and text in f"{title} {body}"
         kinds.add("title" if text == title else "beginning" if title in text else "span")
     assert kinds == {"title", "beginning", "span"}
+
+
+def test_a_title_of_several_documents_is_drawn_the_less(vocabulary, table):
+    documents = [
+        Document(f"d{i}", "bread" if i < 4 else f"{'bees' * i}", "slim guy 1973") for i in range(8)
+    ]
+    examples = make_examples(documents, [], vocabulary, table)
+    assert examples.title_counts.tolist() == [4] * 4 + [1] * 4
+    register("t6", examples, SeqioVocabulary(vocabulary), indexing_share=1.0, title_share=0.6)
+    lengths = {"inputs": 64, "targets": 4}
+    (pool,) = materialise("t6", lengths=lengths, passes={"indexing": 400}, seed=0)
+    inputs = pool.arrays["encoder_input_tokens"].reshape(400, 8, -1).tolist()
+    shares = [
+        np.mean([[t for t in turn[i] if t] == [*examples.titles[i], 1] for turn in inputs])
+        for i in range(8)
+    ]
+    assert shares[:4] == pytest.approx([0.6 / 4] * 4, abs=0.07)
+    assert shares[4:] == pytest.approx([0.6] * 4, abs=0.09)
+
+
+STARTS = np.array([True] * 20 + [False] * 10)  # pieces 20 to 29 go on with a word
+
+
+@pytest.mark.parametrize(
+    ("queries", "expected"),
+    [
+        # What two queries hold is how they ask; words of several pieces count as wholes.
+        ([[3, 4, 5], [3, 4, 6]], [[3, 4, 0], [3, 4, 0]]),
+        ([[3, 21, 5], [3, 22, 5], [3, 21, 6]], [[3, 21, 5], [0, 0, 5], [3, 21, 0]]),
+        ([[5, 5], [6]], [[0, 0], [0]]),  # twice in one query is one query
+        ([[25, 3], [25, 4]], [[25, 0], [25, 0]]),  # a text may begin inside a word
+        ([[], [3], [3]], [[], [3], [3]]),
+        ([], []),
+    ],
+)
+def test_frames_by_hand(queries, expected):
+    frames = query_frames(Ragged.of(queries), STARTS)
+    assert [frames[i].tolist() for i in range(len(frames))] == expected
+
+
+def test_among_many_queries_a_shared_word_is_one_of_half_a_percent():
+    queries = [[3, 4] if i < 4 else [3, 5] if i < 9 else [3, 6 + i % 2] for i in range(1000)]
+    frames = query_frames(Ragged.of(queries), STARTS)
+    assert frames[0].tolist() == [3, 0]  # 4 of 1000
+    assert frames[5].tolist() == [3, 5]  # 5 of 1000
+
+
+def test_framed_pieces_ask_about_their_document(corpus, examples, vocabulary, table):
+    lengths = {"inputs": 64, "targets": 4}
+    options = {"indexing_share": 1.0, "title_share": 0.0, "frame_share": 1.0}
+    register("t7", examples, SeqioVocabulary(vocabulary), **options)
+    (pool,) = materialise("t7", lengths=lengths, passes={"indexing": 30}, seed=0)
+    frames = [examples.frames[i].tolist() for i in range(len(examples.frames))]
+    bodies = [examples.bodies[i].tolist() for i in range(8)]
+    in_frames = 0
+    for turn, row in enumerate(pool.arrays["encoder_input_tokens"].tolist()):
+        piece, body = [t for t in row if t > 1], bodies[turn % 8]
+        if _holds(body, piece):
+            continue  # a span as it stands: of a frame that is all places, or has none
+        assert any(_fits(piece, frame, body) for frame in frames)
+        in_frames += 1
+    assert in_frames > 50
+    assert any(0 not in frame for frame in frames), "one without places is never an example"
+
+
+def _holds(body, run):
+    return any(body[i : i + len(run)] == run for i in range(len(body)))
+
+
+def _fits(piece, frame, body):
+    """Whether the frame with a run of the body in its places is the piece."""
+    if len(frame) != len(piece) or 0 not in frame:
+        return False
+    run = [t for t, f in zip(piece, frame, strict=True) if f == 0]
+    rest = all(t == f for t, f in zip(piece, frame, strict=True) if f)
+    return rest and _holds(body, run)
+
+
+def test_a_frame_with_more_places_than_the_document_has_words(vocabulary, table):
+    """What is left over of the places is left out."""
+    documents = [Document(f"d{i}", "", "bread") for i in range(8)]
+    pairs = [("who works with bees and honey and wax", 0), ("who works with lifts", 1)]
+    examples = make_examples(documents, pairs, vocabulary, table)
+    assert 0 in examples.frames[0] and (examples.frames[0] > 0).any()
+    options = {"indexing_share": 1.0, "title_share": 0.0, "frame_share": 1.0}
+    register("t8", examples, SeqioVocabulary(vocabulary), **options)
+    lengths = {"inputs": 64, "targets": 4}
+    (pool,) = materialise("t8", lengths=lengths, passes={"indexing": 20}, seed=0)
+    body = examples.bodies[0].tolist()
+    asked = [t for t in examples.frames[0].tolist() if t]
+    pieces = [[t for t in row if t > 1] for row in pool.arrays["encoder_input_tokens"].tolist()]
+    assert all(set(body) & set(piece) for piece in pieces)
+    wanted = sorted(asked + body)
+    assert any(sorted(piece) == wanted for piece in pieces)
 
 
 def test_materialised_examples_follow_the_seed(examples, vocabulary):

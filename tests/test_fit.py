@@ -112,7 +112,9 @@ def test_evaluate(run, collection, capsys, tmp_path):
         assert values["queries"] == 8 and 0 <= values["hits@1"] <= values["hits@10"] <= 1
     again = evaluate(read_run(trec), tiny_corpus().qrels["test"])
     for name, value in again.items():
-        assert methods_found["dogr"][name] == pytest.approx(value), "the written run scores the same"
+        assert methods_found["dogr"][name] == pytest.approx(value), (
+            "the written run scores the same"
+        )
     assert (run / "retriever" / "comparison-test.png").exists()
     assert "bm25" in (run / "retriever" / "comparison-test.md").read_text()
 
@@ -204,7 +206,11 @@ def test_documents_without_queries_are_enough(tmp_path, capsys):
     )
     assert main(["fit", str(path), "--out", str(tmp_path / "run"), *OPTIONS]) == 0
     assert "no train queries" in capsys.readouterr().err
-    assert len(Retriever.load(tmp_path / "run").search("honey", k=2)) == 2
+    retriever = Retriever.load(tmp_path / "run")
+    assert len(retriever.search("honey", k=2)) == 2
+    # No dev queries to fit weights on: the similarity counts as it did in training.
+    temperature = retriever.about["recipe"]["contrastive"]["temperature"]
+    assert retriever.about["fusion"] == {"alpha": 0.0, "weight": pytest.approx(1 / temperature)}
 
 
 def test_saved_elsewhere_and_loaded_it_searches_the_same(run, tmp_path):

@@ -2,7 +2,7 @@
 
 Each task of the mixture is run through SeqIO and its feature converter into memory, tasks with
 random preprocessing several times over, so that they keep many versions of an example. Training
-then walks *rounds*: a round holds every example of the first task once and as many of the others
+then walks *rounds*: a round holds every example of the first pool once and as many of the others
 as their rates ask for, in an order drawn from (seed, round). So batch number n is a function of
 (seed, n): resuming needs no iterator state, and any number of processes cuts the same global
 batches.
@@ -58,7 +58,7 @@ def materialise(
       converter: SeqIO feature converter, encoder-decoder without packing by default.
 
     Returns:
-      One pool a task, in the mixture's order.
+      One pool a task, in order of their names.
     """
     provider = seqio.get_mixture_or_task(mixture)
     tasks = seqio.get_subtasks(provider)

@@ -178,12 +178,14 @@ def _document_piece(
         start = tf.random.stateless_uniform([], seeds[2], maxval=places, dtype=tf.int32)
         return body[start : start + length]
 
-    def framed() -> tf.Tensor:
-        which = tf.random.stateless_uniform([], seeds[4], maxval=len(frames), dtype=tf.int32)
-        return _framed(_reader(frames)(which), span)
-
     def plain() -> tf.Tensor:
         return span(length)
+
+    def framed() -> tf.Tensor:
+        which = tf.random.stateless_uniform([], seeds[4], maxval=len(frames), dtype=tf.int32)
+        frame = _reader(frames)(which)
+        # A query of common words alone has no place for the document's: it would be noise.
+        return tf.cond(tf.reduce_any(tf.equal(frame, 0)), lambda: _framed(frame, span), plain)
 
     in_frame = tf.random.stateless_uniform([], seeds[3]) < frame_share
     of_titles = title_share / tf.cast(example["title_count"], tf.float32)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -20,7 +20,7 @@ from genret_jax.indexing import Index
 from genret_jax.modeling.model import RetrievalModel
 from genret_jax.ranking import Ranker
 from genret_jax.recipe import Recipe
-from genret_jax.scoring import Candidates, Fusion
+from genret_jax.scoring import Fusion
 from genret_jax.splitting import Split
 
 log = logging.getLogger(__name__)
@@ -125,23 +125,3 @@ class Materials:
             buckets=length_buckets(used, self.input_length),
             shard=(jax.process_index(), jax.process_count()),
         )
-
-
-def run_of_candidates(
-    found: Mapping[str, Candidates],
-    ranker: Ranker,
-    document_ids: Sequence[str],
-    *,
-    scoring: str,
-) -> dict[str, dict[str, float]]:
-    """Query id -> document id -> score."""
-    return {
-        query: dict(
-            zip(
-                (document_ids[p] for p in c.positions.tolist()),
-                ranker.fusion.score(c, scoring).tolist(),
-                strict=True,
-            )
-        )
-        for query, c in found.items()
-    }

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from genret_jax.evaluation import evaluate
 from genret_jax.modeling.model import Params
-from genret_jax.stages.common import DEV_BEAM, Materials, run_of_candidates
+from genret_jax.scoring import run_of_candidates
+from genret_jax.stages.common import DEV_BEAM, Materials
 from genret_jax.training.budget import Clock
 from genret_jax.training.lexical_start import lexical_start
 from genret_jax.training.trainer import Evaluate, TrainResult, train
@@ -50,7 +51,9 @@ def _dev_evaluation(materials: Materials) -> Evaluate | None:
 
     def run(params: Params) -> dict[str, float]:
         found = dict(zip(names, ranker.candidates(params, texts, beam=DEV_BEAM), strict=True))
-        scores = run_of_candidates(found, ranker, materials.document_ids, scoring="generation")
+        scores = run_of_candidates(
+            found, ranker.fusion, materials.document_ids, scoring="generation"
+        )
         return evaluate(scores, split.dev_qrels, materials.metrics)
 
     return run

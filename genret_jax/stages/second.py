@@ -37,8 +37,8 @@ from genret_jax.negatives import (
 )
 from genret_jax.ranking import Ranker, with_similarity
 from genret_jax.recipe import ContrastiveConfig, TrainConfig
-from genret_jax.scoring import SCORINGS, Candidates, Fusion, fit_fusion
-from genret_jax.stages.common import DEV_BEAM, Materials, run_of_candidates
+from genret_jax.scoring import SCORINGS, Candidates, Fusion, fit_fusion, run_of_candidates
+from genret_jax.stages.common import DEV_BEAM, Materials
 from genret_jax.training.budget import Clock
 from genret_jax.training.trainer import TrainResult, train
 from genret_jax.vectors import DocumentVectors
@@ -285,11 +285,10 @@ def _dev_evaluation(materials: Materials, encoder: DocumentEncoder) -> Any:
             temperature=recipe.contrastive.temperature,
             metric=recipe.train.metric,
         )
-        fused = dataclasses.replace(ranker, fusion=fusion)
         values: dict[str, float] = {}
         for scoring in SCORINGS:
             prefix = "" if scoring == "fused" else f"{scoring}_"
-            scores = run_of_candidates(found, fused, materials.document_ids, scoring=scoring)
+            scores = run_of_candidates(found, fusion, materials.document_ids, scoring=scoring)
             metrics = evaluate(scores, split.dev_qrels, materials.metrics)
             values |= {f"{prefix}{name}": value for name, value in metrics.items()}
         return values

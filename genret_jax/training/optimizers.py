@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from genret_jax.errors import UserError
@@ -14,7 +16,7 @@ SCHEDULES = ("cosine", "linear", "constant")
 
 
 def make_optimizer(
-    name: str, *, weight_decay: float = 0.0, clip_norm: float = 1.0
+    name: str, *, weight_decay: float = 0.0, anchor: float = 0.0, clip_norm: float = 1.0
 ) -> optax.GradientTransformationExtraArgs:
     """An optax optimiser whose learning rate is a number in its state.
 
@@ -25,6 +27,8 @@ def make_optimizer(
       name: "adamw", or "adafactor" with updates relative to each parameter's size (Shazeer and
         Stern 2018), which is what T5 was trained with.
       weight_decay: AdamW's; matrices only.
+      anchor: the same, but toward the parameters of the start instead of toward 0: for a start
+        that knows something which few examples would wash out ("L2-SP", Li et al. 2018).
       clip_norm: of the gradient, over all parameters; 0 for none.
     """
     if name == "adamw":
@@ -36,12 +40,13 @@ def make_optimizer(
                 weight_decay=weight_decay,
                 mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
             )
-            return _clipped(adamw, clip_norm)
+            return _clipped(adamw, learning_rate * anchor, anchor > 0, clip_norm)
 
     elif name == "adafactor":
 
         def make(learning_rate: float) -> optax.GradientTransformation:
-            return _clipped(optax.adafactor(learning_rate, decay_rate=0.8), clip_norm)
+            adafactor = optax.adafactor(learning_rate, decay_rate=0.8)
+            return _clipped(adafactor, learning_rate * anchor, anchor > 0, clip_norm)
 
     else:
         raise UserError(f"optimizer {name!r} is not known; choose one of {', '.join(OPTIMIZERS)}")
@@ -49,11 +54,40 @@ def make_optimizer(
 
 
 def _clipped(
-    optimizer: optax.GradientTransformation, clip_norm: float
+    optimizer: optax.GradientTransformation, pull: float, anchored: bool, clip_norm: float
 ) -> optax.GradientTransformation:
-    if not clip_norm:
-        return optimizer
-    return optax.chain(optax.clip_by_global_norm(clip_norm), optimizer)
+    parts = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
+    parts.append(optimizer)
+    if anchored:
+        parts.append(pull_to_start(pull))
+    return optax.chain(*parts)
+
+
+class Start(NamedTuple):
+    """The parameters that training began with."""
+
+    params: optax.Params
+
+
+def pull_to_start(rate: float | jax.Array) -> optax.GradientTransformation:
+    """Adds rate * (start - parameters) to the updates, after the learning rate; matrices only.
+
+    Args:
+      rate: share of the way back that a step goes.
+    """
+
+    def init(params: optax.Params) -> Start:
+        return Start(jax.tree.map(jnp.copy, params))
+
+    def update(
+        updates: optax.Updates, state: Start, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, Start]:
+        def pulled(update: jax.Array, param: jax.Array, start: jax.Array) -> jax.Array:
+            return update + rate * (start - param) if param.ndim > 1 else update
+
+        return jax.tree.map(pulled, updates, params, state.params), state
+
+    return optax.GradientTransformation(init, update)
 
 
 def set_learning_rate(state: optax.OptState, rate: jax.Array) -> optax.OptState:

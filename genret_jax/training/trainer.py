@@ -166,7 +166,10 @@ class Stepper:
     def __init__(self, model: Trainable, config: TrainConfig, mesh: jax.sharding.Mesh):
         self._model, self._config, self.mesh = model, config, mesh
         self._optimizer = make_optimizer(
-            config.optimizer, weight_decay=config.weight_decay, clip_norm=config.clip_norm
+            config.optimizer,
+            weight_decay=config.weight_decay,
+            anchor=config.anchor,
+            clip_norm=config.clip_norm,
         )
         self._compiled: dict[tuple[int, ...], Any] = {}
 
@@ -186,7 +189,9 @@ class Stepper:
     def begin_with(self, state: TrainState, params: Params) -> TrainState:
         """The state with other parameters, in the shardings of its own."""
         put = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), params, state.params)
-        return dataclasses.replace(state, params=put)
+        shardings = jax.tree.map(lambda x: x.sharding, state.opt_state)
+        opt_state = jax.jit(self._optimizer.init, out_shardings=shardings)(put)
+        return dataclasses.replace(state, params=put, opt_state=opt_state)
 
     def compile(self, state: TrainState, batches: Numbered) -> None:
         """Compiles the step for every shape of batch, so that no step is slow later."""
