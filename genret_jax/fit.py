@@ -81,6 +81,11 @@ def fit(
     _claim(out, recipe, corpus, split, begun)
     last = stage or (2 if recipe.contrastive.wanted else 1)
     there = _stage_of(out)
+    if stage == 2 and there == 1 and not begun and not (out / "training" / "checkpoints").is_dir():
+        raise UserError(
+            f"{out}: the checkpoints of stage 1 are gone, and stage 2 begins with them; fit again "
+            "with another --out"
+        )
     if there >= last:
         log.info("%s: already fitted", out)
         return Retriever.load(out)
@@ -96,8 +101,13 @@ def fit(
     if last == 2:
         if minutes:
             clock.seconds = minutes * 60
-        if stage == 2:  # the budget is this stage's alone
+        if stage == 2 and not begun:  # the budget is this stage's alone
             clock.resume(0.0)
+        if clock.seconds and clock.elapsed > clock.seconds - clock.reserve:
+            raise UserError(
+                f"{out}: stage 1 has used {clock.elapsed / 60:.1f} of {minutes:g} minutes, and "
+                "nothing is left for stage 2; raise --minutes, or give --stage 2"
+            )
         second = train_ranking(materials, first.params, out / "ranking", clock)
     about = _about(materials, corpus, path, first, second)
     about["training"]["seconds"] = round(clock.elapsed, 1)
@@ -115,8 +125,8 @@ def fit(
 
 
 def _check(recipe: Recipe, minutes: float | None, stage: int | None) -> None:
-    if minutes is not None and minutes <= 0:
-        raise UserError(f"minutes must be above 0, found {minutes}")
+    if minutes is not None and not 0 < minutes < float("inf"):
+        raise UserError(f"minutes must be a number above 0, found {minutes}")
     if stage is not None and stage not in STAGES:
         raise UserError(f"stage must be 1 or 2, found {stage}")
     if stage == 2 and not recipe.contrastive.wanted:

@@ -141,7 +141,7 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ContrastiveConfig:
-    """The second stage: how near a query is to a document. `weight` 0 each leaves it out.
+    """The second stage: how near a query is to a document.
 
     Attributes:
       generation, prefix, retrieval: weights of docid cross-entropy, InfoNCE over documents whose
@@ -305,6 +305,16 @@ _MAY_BE_ZERO = (
     "refresh_every",
     "chunk",
 )
+_POSITIVE = ("temperature", "learning_rate")
+_NOT_NEGATIVE = (
+    "generation",
+    "prefix",
+    "retrieval",
+    "anchor",
+    "weight_decay",
+    "clip_norm",
+    "z_loss",
+)
 # Fields that name one of a few.
 _CHOICES = {
     "dtype": ("float32", "bfloat16"),
@@ -333,6 +343,12 @@ def _check(part: Any) -> None:
         elif isinstance(default, int) and not isinstance(default, bool):
             least = 0 if field.name in _MAY_BE_ZERO else 1
             problem = f"at least {least}" if value < least else ""
+        elif field.name in _POSITIVE and not 0 < value < float("inf"):
+            problem = "above 0"
+        elif field.name in _NOT_NEGATIVE and not 0 <= value < float("inf"):
+            problem = "at least 0"
+        elif field.name == "prefix_depth" and not _is_depth(value):
+            problem = "'deepest', 'sampled' or a number from '1' up"
         elif field.name == "indexing_share" and value > 1:
             problem = "at most 1"
         elif field.name in _CHOICES and value not in _CHOICES[field.name]:
@@ -341,6 +357,10 @@ def _check(part: Any) -> None:
             raise UserError(
                 f"{type(part).__name__}.{field.name} is {value!r}, but must be {problem}"
             )
+
+
+def _is_depth(value: str) -> bool:
+    return value in ("deepest", "sampled") or (value.isdecimal() and int(value) > 0)
 
 
 def _default(field: dataclasses.Field) -> Any:

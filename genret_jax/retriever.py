@@ -239,6 +239,7 @@ class Retriever:
         try:
             T5Config(**about["network"])
             _ = int(about["input_length"]), about["method"], about["corpus"]["path"]
+            _ = Fusion(**about.get("fusion", {})), about.get("second_stage", {}).get("vector")
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"{folder / 'retriever.json'}: damaged, or of another version ({error!r}); "
@@ -247,7 +248,9 @@ class Retriever:
         params = jax.tree.map(jax.numpy.asarray, load_weights(folder / "model.safetensors"))
         vectors = None
         if "fusion" in about:
-            vectors = DocumentVectors.load(folder, documents=len(index.documents))
+            vectors = DocumentVectors.load(
+                folder, documents=len(index.documents), width=int(about["network"]["embed_dim"])
+            )
         return cls(index=index, params=params, about=about, folder=folder, vectors=vectors)
 
 
@@ -334,6 +337,6 @@ of the document that answers a query, inside a trie of the identifiers that exis
 |---|---|
 {dev}
 
-It knows the documents of its corpus and no others, and its scores are log probabilities of
-identifiers, which do not compare between queries. Search it with `genret search FOLDER "query"`.
+It knows the documents of its corpus and no others, and its scores do not compare between
+queries. Search it with `genret search FOLDER "query"`.
 """

@@ -75,11 +75,18 @@ class DocumentVectors:
             np.save(Path(folder) / _SCALES, self.scales, allow_pickle=False)
 
     @classmethod
-    def load(cls, folder: str | Path, *, documents: int) -> DocumentVectors:
+    def load(
+        cls, folder: str | Path, *, documents: int, width: int | None = None
+    ) -> DocumentVectors:
         """Opens saved vectors, memory-mapped.
 
+        Args:
+          folder: where `save` wrote them.
+          documents: how many vectors there must be.
+          width: numbers of each; any by default.
+
         Raises:
-          UserError: when they are missing, or not those of so many documents.
+          UserError: when they are missing, or not so many of that width.
         """
         folder = Path(folder)
         try:
@@ -99,4 +106,9 @@ class DocumentVectors:
                     f"{folder / name}: shape {array.shape}, but the retriever has {documents} "
                     "documents; run `genret fit` again"
                 )
+        if width is not None and values.shape[1] != width:
+            raise UserError(
+                f"{folder / _FILE}: vectors of {values.shape[1]} numbers, but the network has "
+                f"{width}; run `genret fit` again"
+            )
         return cls(values, scales)

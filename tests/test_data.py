@@ -124,7 +124,8 @@ STARTS = np.array([True] * 20 + [False] * 10)  # pieces 20 to 29 go on with a wo
         ([[3, 21, 5], [3, 22, 5], [3, 21, 6]], [[3, 21, 5], [0, 0, 5], [3, 21, 0]]),
         ([[5, 5], [6]], [[0, 0], [0]]),  # twice in one query is one query
         ([[25, 3], [25, 4]], [[25, 0], [25, 0]]),  # a text may begin inside a word
-        ([[], [3], [3]], [[], [3], [3]]),
+        ([[], [3, 4], [3, 5]], [[], [3, 0], [3, 0]]),
+        ([[3, 4], [3, 4], [5]], [[0, 0], [0]]),  # relevant to two documents, but asked once
         ([], []),
     ],
 )
@@ -134,10 +135,11 @@ def test_frames_by_hand(queries, expected):
 
 
 def test_among_many_queries_a_shared_word_is_one_of_half_a_percent():
-    queries = [[3, 4] if i < 4 else [3, 5] if i < 9 else [3, 6 + i % 2] for i in range(1000)]
-    frames = query_frames(Ragged.of(queries), STARTS)
-    assert frames[0].tolist() == [3, 0]  # 4 of 1000
-    assert frames[5].tolist() == [3, 5]  # 5 of 1000
+    kinds = (4 if i < 4 else 5 if i < 9 else 6 + i % 2 for i in range(1000))
+    queries = [[3, kind, 100 + i] for i, kind in enumerate(kinds)]
+    frames = query_frames(Ragged.of(queries), np.ones(1100, bool))
+    assert frames[0].tolist() == [3, 0, 0]  # 4 of 1000
+    assert frames[5].tolist() == [3, 5, 0]  # 5 of 1000
 
 
 def test_framed_pieces_ask_about_their_document(corpus, examples, vocabulary, table):

@@ -99,7 +99,7 @@ def _analysis(examples, docids, tokens):
     pieces, documents = semantic_vectors(examples, docids.start, rank=RANK, seed=0)
     pieces = pieces.astype(np.float64)
     lengths = np.linalg.norm(pieces, axis=1)
-    longest = np.percentile(lengths, 95)
+    longest = np.percentile(lengths[lengths > 1e-9], 95)
     pieces *= np.minimum(longest / np.where(lengths > 0, lengths, 1.0), 1.0)[:, None]
     found = np.zeros((len(tokens), len(documents)))
     for row, query in zip(found, tokens.tolist(), strict=True):

@@ -22,7 +22,12 @@ from genret_jax.training import partitioning
 from genret_jax.training.budget import Clock, Plan
 from genret_jax.training.interruption import Interrupted
 from genret_jax.training.journal import Journal, read_records
-from genret_jax.training.optimizers import learning_rate, make_optimizer, set_learning_rate
+from genret_jax.training.optimizers import (
+    learning_rate,
+    make_optimizer,
+    pull_to_start,
+    set_learning_rate,
+)
 from genret_jax.training.trainer import Stepper, train
 from genret_jax.vocabularies import DocidSpace
 
@@ -289,3 +294,50 @@ def test_not_a_number_stops_with_a_remedy(model, batches, mesh, tmp_path):
     config = dataclasses.replace(CONFIG, learning_rate=float("nan"))
     with pytest.raises(UserError, match="lower the learning rate"):
         train(model, batches, config=config, folder=tmp_path, mesh=mesh)
+
+
+def test_a_start_that_training_makes_worse_is_kept(model, batches, mesh, tmp_path):
+    """The best step may be 0, and the dev metrics reported are its own."""
+    calls = []
+
+    def falling(params):
+        calls.append(params)
+        return {"mrr@10": 1.0 / len(calls)}
+
+    config = dataclasses.replace(CONFIG, steps=6, evaluations=2)
+    result = train(model, batches, config=config, folder=tmp_path, evaluate=falling, mesh=mesh)
+    assert result.best_step == 0 and result.steps == 6
+    assert result.dev == {"mrr@10": 0.5}, "the first call compiles, the second is step 0"
+    start = Stepper(model, config, mesh).init(jax.random.key(config.seed)).params
+    assert _equal(result.params, jax.device_get(start))
+
+
+def test_an_anchor_pulls_to_the_start(model, batches, mesh, tmp_path):
+    """Adam moves a number by at most about the rate; pulled by r * anchor a step, it stays near."""
+
+    def distance(anchor):
+        config = dataclasses.replace(CONFIG, anchor=anchor, schedule="constant", evaluations=1)
+        begun = []
+
+        def start(params):
+            begun.append(jax.tree.map(lambda x: x + 1.0, params))
+            return begun[0]
+
+        folder = tmp_path / str(anchor)
+        result = train(model, batches, config=config, folder=folder, mesh=mesh, start=start)
+        kernel = "token_embedder", "embedding"
+        now, then = (tree[kernel[0]][kernel[1]] for tree in (result.params, begun[0]))
+        return float(np.abs(now - then).max())
+
+    free, held = distance(0.0), distance(50.0)
+    assert held < 0.5 * free
+    assert held > 0, "it is a pull, not a lock"
+
+
+def test_a_pull_by_hand():
+    transform = pull_to_start(0.25)
+    state = transform.init({"w": jnp.full((1, 2), 8.0), "b": jnp.zeros(1)})
+    params = {"w": jnp.array([[4.0, 8.0]]), "b": jnp.ones(1)}
+    updates, _ = transform.update({"w": jnp.ones((1, 2)), "b": jnp.ones(1)}, state, params)
+    assert updates["w"].tolist() == [[2.0, 1.0]], "1 + 0.25 * (8 - 4), and 1 + 0"
+    assert updates["b"].tolist() == [1.0], "matrices only"

@@ -5,6 +5,7 @@ This room imports TensorFlow and SeqIO; nothing on the search path imports it.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 
@@ -24,7 +25,8 @@ def _import_quietly() -> None:
             import tensorflow
             import tensorflow_text  # noqa: F401
 
-            tensorflow.config.set_visible_devices([], "GPU")
+            with contextlib.suppress(RuntimeError):  # somebody else has set TensorFlow up already
+                tensorflow.config.set_visible_devices([], "GPU")
         finally:
             os.dup2(kept, 2)
             os.close(kept)

@@ -61,7 +61,8 @@ class TrainingExamples:
       queries: text pieces of each (query, relevant document) pair's query.
       query_documents: int32[pairs], the relevant document's position.
       query_rows: int32[pairs], the docid row to be written.
-      frames: `queries` with 0 in place of the words that few queries share; see `query_frames`.
+      frames: the distinct queries with 0 in place of the words that few of them share; see
+        `query_frames`.
       titles, bodies: text pieces of each document.
       title_counts: int32[documents], how many documents have a document's title.
       document_rows: int32[documents], a docid row of each document.
@@ -159,9 +160,11 @@ def query_frames(queries: Ragged, starts_word: np.ndarray) -> Ragged:
       queries: text pieces.
       starts_word: bool[pieces], whether a piece begins a word.
     """
-    words = [_words(queries[i].tolist(), starts_word) for i in range(len(queries))]
+    # A query of several relevant documents is there several times, but asked once.
+    distinct = dict.fromkeys(tuple(queries[i].tolist()) for i in range(len(queries)))
+    words = [_words(query, starts_word) for query in distinct]
     held = collections.Counter(word for query in words for word in set(query))
-    least = max(2, _SHARED * len(queries))
+    least = max(2, _SHARED * len(words))
     return Ragged.of(
         [
             [piece if held[word] >= least else 0 for word in query for piece in word]

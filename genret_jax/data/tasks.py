@@ -194,7 +194,7 @@ def _document_piece(
         [
             (has_title & ((draw < of_titles) | ~has_body), lambda: title),
             (draw < of_titles + title_share / 3, lambda: tf.concat([title, body], 0)[:length]),
-            (in_frame, framed if frame_share else plain),
+            (in_frame & has_body, framed if frame_share else plain),
         ],
         default=plain,
     )

@@ -196,6 +196,8 @@ class _Miner:
         They are asked in random order, so that those left out are no kind of their own.
         """
         config, questions, clock = self._materials.recipe.contrastive, self.questions, self._clock
+        if not config.retrieval or not config.retrieved_negatives:
+            return np.full((len(questions.texts), 1), -1, np.int32)
         end = clock.elapsed + _MINING_SHARE * ((clock.seconds or 0.0) - clock.elapsed)
         order = rng.permutation(len(questions.texts))
         out = np.empty((len(order), max(config.mined, config.retrieved_negatives)), np.int32)
@@ -282,7 +284,7 @@ def _dev_evaluation(materials: Materials, encoder: DocumentEncoder) -> Any:
             found,
             split.dev_qrels,
             materials.document_ids,
-            temperature=recipe.contrastive.temperature,
+            temperature=_temperature(materials, params),
             metric=recipe.train.metric,
         )
         values: dict[str, float] = {}
@@ -310,18 +312,25 @@ def _seconds_after_training(
     return 1.2 * batches * (time.monotonic() - begin) + dev
 
 
+def _temperature(materials: Materials, params: Params) -> float:
+    """That of the contrastive losses, as it is or as it was learned."""
+    config = materials.recipe.contrastive
+    if not config.learned_temperature:
+        return config.temperature
+    return config.temperature * float(np.exp(params["log_temperature"]))
+
+
 def _fit_fusion(
     materials: Materials, params: Params, vectors: DocumentVectors
 ) -> tuple[Fusion, dict[float, float]]:
-    config = materials.recipe.contrastive
     if not materials.split.dev_queries:
         log.warning("no dev queries: the similarity gets the weight it had in training")
-        return Fusion(0.0, 1.0 / config.temperature), {}
+        return Fusion(0.0, 1.0 / _temperature(materials, params)), {}
     reached = _dev_candidates(materials, jax.device_put(params), materials.ranker(), _FUSION_BEAM)
     return fit_fusion(
         {query: with_similarity(c, vectors.__getitem__) for query, c in reached.items()},
         materials.split.dev_qrels,
         materials.document_ids,
-        temperature=config.temperature,
+        temperature=_temperature(materials, params),
         metric=materials.recipe.train.metric,
     )

@@ -115,6 +115,8 @@ def semantic_vectors(
         left, scale, right = randomized_svd(
             matrix, n_components=min(rank, *matrix.shape), n_iter=4, random_state=seed
         )
+    # Where documents are equal, or empty, there are directions of no weight: rounding noise.
+    right = np.where(scale[:, None] > 1e-6 * scale.max(initial=1e-9), right, 0.0)
     piece_vectors = right.T * np.sqrt(idf)[:, None]
     document_vectors = left * scale
     lengths = np.linalg.norm(document_vectors, axis=1, keepdims=True)
@@ -163,7 +165,8 @@ def _set_embeddings(embedding: np.ndarray, pieces: np.ndarray) -> None:
     """Rows of length sqrt(embed), whose first dimensions are the pieces' vectors."""
     embed, rank = embedding.shape[1], pieces.shape[1]
     lengths = np.linalg.norm(pieces, axis=1)
-    full = max(float(np.percentile(lengths, _COMMON)), 1e-9)
+    seen = lengths[lengths > 1e-9]  # a given vocabulary has pieces that no text here holds
+    full = float(np.percentile(seen, _COMMON)) if len(seen) else 1.0
     shorter = np.minimum(lengths / full, 1.0) / np.where(lengths > 1e-9, lengths, 1.0)
     vectors = pieces * shorter[:, None]
     rest = np.sqrt(np.maximum(1.0 - np.square(vectors).sum(1), 0.0))

@@ -134,13 +134,14 @@ def train(
         elif start:
             state = stepper.begin_with(state, start(jax.device_get(state.params)))
         journal = Journal(folder, after_step=plan.step)
-        stepper.compile(state, batches)
+        if not plan.done:
+            stepper.compile(state, batches)
         loop = _Loop(stepper, batches, config, clock, journal, checkpoints, evaluate)
-        if evaluate:
+        if evaluate and not plan.done:
             evaluate(state.params)  # compiles, so that the first timed evaluation does not
         if plan.step == 0:
             loop.evaluate(state, plan)
-        if refresh and plan.step >= refresh_every:
+        if refresh and plan.step >= refresh_every and not plan.done:
             refresh(plan.step // refresh_every * refresh_every, state.params)
         with tqdm(initial=plan.step, unit="step", desc="training", disable=None) as bar:
             loop.begin_timing()  # of steps alone: compiling and the first evaluation are over
@@ -156,7 +157,8 @@ def train(
         if checkpoints.best_step is None:
             checkpoints.save_best(plan.step, state.params)
         params = jax.device_get(checkpoints.restore_best(state.params))
-        best_step = checkpoints.best_step or plan.step
+        found = checkpoints.best_step
+        best_step = plan.step if found is None else found  # 0 is a step too
         return TrainResult(params, best_step, journal.dev_at(best_step), plan.step)
 
 
