@@ -53,9 +53,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
+class _Stderr(logging.StreamHandler):
+    """Writes to what stderr is now: whoever called `main` may have replaced it since."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
 def _quiet() -> None:
     """Our own log lines to stderr; those of the libraries only when something is wrong."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _Stderr()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     log.handlers[:] = [handler]
     log.setLevel(logging.INFO)
