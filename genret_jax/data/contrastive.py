@@ -9,8 +9,7 @@ either.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Int32
@@ -104,9 +103,6 @@ def known_documents(
         document = np.arange(len(examples.document_rows))
         question = len(positives.queries) + document
     return np.asarray(document, np.int32), np.asarray(question, np.int32)
-
-
-Refresh = Callable[[int, Any], Negatives]
 
 
 class ContrastiveBatches:
