@@ -23,8 +23,12 @@ from genret_jax.vocabularies import Vocabulary
 # Batches are filled up to one of these, so that a handful of programs serves every call.
 BATCH_SIZES = (1, 8, 64)
 
-# Positions of documents -> their vectors, as the similarity takes them.
-Vectors = Callable[[Int[np.ndarray, " n"]], Float32[np.ndarray, "n embed"]]
+# Positions of documents and the vector of a query -> similarities with the texts, and with the
+# train queries; see `DocumentVectors.similarities`.
+Similarities = Callable[
+    [Int[np.ndarray, " n"], Float32[np.ndarray, " embed"]],
+    tuple[Float32[np.ndarray, " n"], Float32[np.ndarray, " n"]],
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +87,7 @@ class Ranker:
         *,
         k: int,
         beam: int,
-        vectors: Vectors | None = None,
+        similarities: Similarities | None = None,
         scoring: str = "generation",
     ) -> list[list[Ranked]]:
         """The best k documents of each query; fewer where the beam reached fewer.
@@ -92,12 +96,12 @@ class Ranker:
           params: weights.
           queries: any number of texts.
           k, beam: documents a query, and hypotheses that the search keeps.
-          vectors: of the documents; needed unless scoring is "generation".
+          similarities: of query and documents; needed unless scoring is "generation".
           scoring: "generation", "semantic" or "fused".
         """
         found = self.candidates(params, queries, beam=beam)
-        if vectors is not None:
-            found = [with_similarity(one, vectors) for one in found]
+        if similarities is not None:
+            found = [with_similarity(one, similarities) for one in found]
         return [self._ranked(one, k, scoring) for one in found]
 
     def candidates(self, params: Params, queries: Sequence[str], *, beam: int) -> list[Candidates]:
@@ -136,7 +140,8 @@ class Ranker:
     def _ranked(self, found: Candidates, k: int, scoring: str) -> list[Ranked]:
         score = self.fusion.score(found, scoring)
         best = np.lexsort((self.order[found.positions], -score))[:k]
-        fused = None if found.semantic is None else self.fusion.score(found)
+        semantic = None if found.text is None else self.fusion.semantic(found)
+        fused = None if found.text is None else self.fusion.score(found)
 
         def value(array: np.ndarray | None, i: int) -> float | None:
             return None if array is None else float(array[i])
@@ -147,13 +152,14 @@ class Ranker:
                 row=int(found.rows[i]),
                 score=float(score[i]),
                 generation=float(found.generation[i]),
-                semantic=value(found.semantic, i),
+                semantic=value(semantic, i),
                 fused=value(fused, i),
             )
             for i in best.tolist()
         ]
 
 
-def with_similarity(found: Candidates, vectors: Vectors) -> Candidates:
-    """The candidates with the similarities of their vectors to the query's."""
-    return dataclasses.replace(found, semantic=vectors(found.positions) @ found.query)
+def with_similarity(found: Candidates, similarities: Similarities) -> Candidates:
+    """The candidates with the similarities of the query and their views."""
+    text, asked = similarities(found.positions, found.query)
+    return dataclasses.replace(found, text=text, asked=asked)

@@ -156,7 +156,8 @@ class ContrastiveConfig:
       mined: retrieved negatives kept a query, of which an example draws.
       mining_beam: of the search that retrieves them.
       refresh_every: steps after which negatives are retrieved anew; 0 for never.
-      document_length: tokens of title and text that the document's side reads.
+      document_length: tokens of a view of a document, at most.
+      pieces, queries: views of a document, at most; see `genret_jax.data.views.make_views`.
       share: of a time budget.
       steps, batch_size, learning_rate, warmup_steps, evaluations: as in TrainConfig.
       chunk: rows encoded at a time (gradient caching); 0 for all at once.
@@ -178,7 +179,9 @@ class ContrastiveConfig:
     mined: int = 16
     mining_beam: int = 20
     refresh_every: int = 0
-    document_length: int = 64
+    document_length: int = 40
+    pieces: int = 16
+    queries: int = 64
     share: float = 0.4
     steps: int = 2000
     batch_size: int = 128
@@ -186,7 +189,7 @@ class ContrastiveConfig:
     warmup_steps: int = 50
     evaluations: int = 5
     chunk: int = 0
-    store: str = "float32"
+    store: str = "int8"
 
     @property
     def wanted(self) -> bool:
@@ -303,6 +306,7 @@ _MAY_BE_ZERO = (
     "prefix_negatives",
     "retrieved_negatives",
     "refresh_every",
+    "queries",
     "chunk",
 )
 _POSITIVE = ("temperature", "learning_rate")

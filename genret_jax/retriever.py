@@ -4,7 +4,7 @@ retriever/
   retriever.json      what it is: method, network, recipe, corpus, dev metrics
   index.json, spiece.model, vocabulary.json, docids/, trie/, documents.*   the index
   model.safetensors   weights
-  vectors.npy         semantic vectors of the documents, where the method has a second stage
+  vectors.*           semantic vectors of the documents, where the method has a second stage
   metrics.json        dev metrics, and those of every split that was evaluated
   README.md           model card
 """
@@ -179,9 +179,9 @@ class Retriever:
         # A query without words has no answer, as with BM25; the others are asked together.
         asked = [query for query in queries if query.strip()]
         beam = min(max(beam, k), len(self.index.trie.rows))
-        vectors = self.vectors.__getitem__ if self.vectors else None
+        similarities = self.vectors.similarities if self.vectors else None
         found = self.ranker.rank(
-            self.params, asked, k=k, beam=beam, vectors=vectors, scoring=scoring
+            self.params, asked, k=k, beam=beam, similarities=similarities, scoring=scoring
         )
         ranked = iter(found)
         return [

@@ -1,4 +1,4 @@
-"""The documents' semantic vectors on disk: computed once after training, read by position."""
+"""The semantic vectors of the documents' views on disk: computed once after training."""
 
 from __future__ import annotations
 
@@ -12,46 +12,57 @@ from jaxtyping import Float32, Int
 from genret_jax.errors import UserError
 
 STORES = ("float32", "bfloat16", "int8")
-_FILE, _SCALES = "vectors.npy", "vectors.scales.npy"
+_FILE, _SCALES, _BOUNDS = "vectors.npy", "vectors.scales.npy", "vectors.bounds.npy"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class DocumentVectors:
-    """One vector a document.
+    """One vector a view, and whose it is.
 
     Attributes:
-      values: float32[documents, embed]; or int16, the bits of bfloat16; or int8, to be multiplied
-        by `scales`.
-      scales: float32[documents], for int8; None otherwise.
+      values: float32[views, embed]; or int16, the bits of bfloat16; or int8, to be multiplied by
+        `scales`.
+      bounds: int64[documents + 1, 2]; see `genret_jax.data.views.Views`.
+      scales: float32[views], for int8; None otherwise.
     """
 
     values: np.ndarray
+    bounds: np.ndarray
     scales: np.ndarray | None = None
 
     @classmethod
-    def of(cls, vectors: Float32[np.ndarray, "documents embed"], *, store: str) -> DocumentVectors:
+    def of(
+        cls,
+        vectors: Float32[np.ndarray, "views embed"],
+        bounds: Int[np.ndarray, "documents+1 2"],
+        *,
+        store: str,
+    ) -> DocumentVectors:
         """Vectors in the type that they are to be kept in.
 
         Args:
           vectors: as they are compared: of length one where similarity is the cosine.
+          bounds: see `genret_jax.data.views.Views`.
           store: "float32"; "bfloat16", half the bytes at 3 digits; or "int8", a quarter, each
             vector with a scale of its own (largest value = 127).
         """
         if store not in STORES:
             raise ValueError(f"store must be one of {STORES}, found {store!r}")
         if store == "float32":
-            return cls(np.asarray(vectors, np.float32))
+            return cls(np.asarray(vectors, np.float32), bounds)
         if store == "bfloat16":  # .npy files know no bfloat16: its bits are kept
-            return cls(vectors.astype(ml_dtypes.bfloat16).view(np.int16))
+            return cls(vectors.astype(ml_dtypes.bfloat16).view(np.int16), bounds)
         scales = np.maximum(np.abs(vectors).max(axis=1), 1e-12) / 127
-        return cls(np.round(vectors / scales[:, None]).astype(np.int8), scales.astype(np.float32))
+        values = np.round(vectors / scales[:, None]).astype(np.int8)
+        return cls(values, bounds, scales.astype(np.float32))
 
     def __len__(self) -> int:
-        return len(self.values)
+        return len(self.bounds) - 1
 
     @property
     def num_bytes(self) -> int:
-        return self.values.nbytes + (0 if self.scales is None else self.scales.nbytes)
+        scales = 0 if self.scales is None else self.scales.nbytes
+        return self.values.nbytes + self.bounds.nbytes + scales
 
     @property
     def store(self) -> str:
@@ -59,17 +70,44 @@ class DocumentVectors:
             self.values.dtype.kind
         ]
 
-    def __getitem__(self, positions: Int[np.ndarray, " n"]) -> Float32[np.ndarray, "n embed"]:
-        """The vectors of some documents, as float32."""
-        rows = np.asarray(self.values[positions])
+    def similarities(
+        self, positions: Int[np.ndarray, " n"], query: Float32[np.ndarray, " embed"]
+    ) -> tuple[Float32[np.ndarray, " n"], Float32[np.ndarray, " n"]]:
+        """How near a query is to documents: to the nearest view of each.
+
+        Args:
+          positions: of the documents.
+          query: its vector.
+
+        Returns:
+          Inner products with the nearest piece of text, and with the nearest train query; where a
+          document has no train query, the former again.
+        """
+        if not len(positions):
+            return np.zeros(0, np.float32), np.zeros(0, np.float32)
+        begin, end = self.bounds[positions, 0], self.bounds[np.asarray(positions) + 1, 0]
+        pieces = self.bounds[positions, 1] - begin
+        counts = end - begin
+        first = np.cumsum(counts) - counts
+        rows = np.arange(counts.sum()) + np.repeat(begin - first, counts)
+        scores = self.rows(rows) @ query
+        is_piece = np.arange(len(rows)) - np.repeat(first, counts) < np.repeat(pieces, counts)
+        text = np.maximum.reduceat(np.where(is_piece, scores, -np.inf), first)
+        asked = np.maximum.reduceat(np.where(is_piece, -np.inf, scores), first)
+        return text, np.where(counts > pieces, asked, text)
+
+    def rows(self, rows: Int[np.ndarray, " n"]) -> Float32[np.ndarray, "n embed"]:
+        """The vectors of some views, as float32."""
+        found = np.asarray(self.values[rows])
         if self.scales is not None:
-            return rows.astype(np.float32) * self.scales[positions][:, None]
-        if rows.dtype == np.int16:
-            return rows.view(ml_dtypes.bfloat16).astype(np.float32)
-        return rows
+            return found.astype(np.float32) * self.scales[rows][:, None]
+        if found.dtype == np.int16:
+            return found.view(ml_dtypes.bfloat16).astype(np.float32)
+        return found
 
     def save(self, folder: str | Path) -> None:
-        """Writes one or two .npy files into an existing folder."""
+        """Writes two or three .npy files into an existing folder."""
+        np.save(Path(folder) / _BOUNDS, self.bounds, allow_pickle=False)
         np.save(Path(folder) / _FILE, self.values, allow_pickle=False)
         if self.scales is not None:
             np.save(Path(folder) / _SCALES, self.scales, allow_pickle=False)
@@ -82,15 +120,16 @@ class DocumentVectors:
 
         Args:
           folder: where `save` wrote them.
-          documents: how many vectors there must be.
+          documents: how many there must be.
           width: numbers of each; any by default.
 
         Raises:
-          UserError: when they are missing, or not so many of that width.
+          UserError: when they are missing, or not of so many documents and that width.
         """
         folder = Path(folder)
         try:
             values = np.load(folder / _FILE, mmap_mode="r", allow_pickle=False)
+            bounds = np.load(folder / _BOUNDS, allow_pickle=False)
             scales = None
             if values.dtype == np.int8:
                 scales = np.load(folder / _SCALES, mmap_mode="r", allow_pickle=False)
@@ -100,15 +139,21 @@ class DocumentVectors:
             raise UserError(
                 f"{folder}: no whole document vectors here ({error}); run `genret fit` again"
             ) from None
+        if bounds.shape != (documents + 1, 2):
+            raise UserError(
+                f"{folder / _BOUNDS}: shape {bounds.shape}, but the retriever has {documents} "
+                "documents; run `genret fit` again"
+            )
+        views = int(bounds[-1, 0])
         for name, array, rank in ((_FILE, values, 2), (_SCALES, scales, 1)):
-            if array is not None and (array.ndim != rank or len(array) != documents):
+            if array is not None and (array.ndim != rank or len(array) != views):
                 raise UserError(
-                    f"{folder / name}: shape {array.shape}, but the retriever has {documents} "
-                    "documents; run `genret fit` again"
+                    f"{folder / name}: shape {array.shape}, but the documents have {views} "
+                    "views; run `genret fit` again"
                 )
         if width is not None and values.shape[1] != width:
             raise UserError(
                 f"{folder / _FILE}: vectors of {values.shape[1]} numbers, but the network has "
                 f"{width}; run `genret fit` again"
             )
-        return cls(values, scales)
+        return cls(values, bounds, scales)

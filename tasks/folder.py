@@ -102,9 +102,7 @@ def register_folder_contrastive(
     found = _open(corpus, run, data, seed)
     positives = known_positives(found.pairs)
     questions = Questions.of(positives, found.documents)
-    side = DocumentSide.of(
-        found.documents, found.examples, found.index.vocabulary, length=config.document_length
-    )
+    side = DocumentSide.of(found.examples, positives, found.index.vocabulary.docids, config)
     folder = Path(run) / "ranking" / "negatives" / str(step)
     if folder.is_dir():
         negatives = Negatives.load(folder)

@@ -5,10 +5,16 @@ from __future__ import annotations
 import os
 import tempfile
 
-_DEVICES = "--xla_force_host_platform_device_count"
-
-if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}=8".strip()
+# Eight devices, and programs that are soon compiled: most of them run a few times.
+_FLAGS = {
+    "--xla_force_host_platform_device_count": "8",
+    "--xla_backend_optimization_level": "0",
+    "--xla_llvm_disable_expensive_passes": "true",
+}
+_given = os.environ.get("XLA_FLAGS", "")
+os.environ["XLA_FLAGS"] = " ".join(
+    [_given, *(f"{flag}={value}" for flag, value in _FLAGS.items() if flag not in _given)]
+).strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 # Tests compile the same small programs again and again; each is compiled once a session.

@@ -31,6 +31,7 @@ from genret_jax.modeling.model import RetrievalModel
 from genret_jax.modeling.network import T5Config
 from genret_jax.modeling.ranking_model import RankingModel
 from genret_jax.negatives import Negatives, known_positives
+from genret_jax.recipe import ContrastiveConfig
 from genret_jax.vocabularies import Vocabulary, train_text_model
 
 # Of several lengths; the last two documents share one.
@@ -53,7 +54,10 @@ class World:
         self.examples = make_examples(corpus.documents, pairs, self.vocabulary, table)
         self.positives = known_positives(pairs)
         self.questions = Questions.of(self.positives, corpus.documents)
-        self.side = DocumentSide.of(corpus.documents, self.examples, self.vocabulary, length=16)
+        config = ContrastiveConfig(document_length=8, pieces=3, queries=4)
+        self.side = DocumentSide.of(
+            self.examples, self.positives, self.vocabulary.docids, config
+        )
         rng = np.random.default_rng(0)
         self.negatives = Negatives(
             # Documents without, with too few, and with more than enough.
@@ -149,7 +153,7 @@ def test_every_example_has_its_document_and_what_answers_it(world, pools, native
         arrays, document = pools[kind].arrays, native.arrays["document_index"]
         assert (arrays["document_index"] == document).all()
         assert (arrays["document_row"] == side.row[document]).all()
-        assert (arrays["document_tokens"] == side.tokens[document]).all()
+        _check_views(side.views, document, arrays["document_tokens"], native)
         assert (arrays["document_docids"] == side.docids[document]).all()
         relevant = questions.relevant[native.arrays["question_index"]]
         assert (arrays["relevant_index"] == relevant).all()
@@ -166,8 +170,21 @@ def test_negatives_are_drawn_from_the_tables(world, pools, native_pools):
         ):
             _check_drawn(row[:PREFIX], world.negatives.prefix[document])
             _check_drawn(row[PREFIX:], world.negatives.retrieved[question])
-        for name in ("row", "tokens", "docids"):  # also at padding, as the native batches have it
+        for column in range(index.shape[1]):
+            tokens = arrays["negative_document_tokens"][:, column]
+            _check_views(side.views, np.maximum(index[:, column], 0), tokens, native)
+        for name in ("row", "docids"):  # also at padding, as the native batches have it
             assert (arrays[f"negative_document_{name}"] == getattr(side, name)[index]).all()
+
+
+def _check_views(views, document, tokens, native):
+    """Each is a view of its document, and no train query is its own question's positive."""
+    drawn = set()
+    for of, row, question in zip(document, tokens, native.arrays["question_index"], strict=True):
+        here = np.flatnonzero((views.tokens == row).all(1) & (views.owners == of))
+        assert len(here) and not (views.questions[here] == question).any()
+        drawn |= set(here.tolist())
+    assert len(drawn) >= len(set(document.tolist()))
 
 
 def _check_drawn(row, table):
@@ -284,7 +301,7 @@ def test_places_that_are_padded_hold_no_document(world):
     example = next(iter(dataset.as_numpy_iterator()))
     assert example["relevant_index"].tolist()[2:] == [-1] * 3
     assert example["negative_document_index"].tolist()[PREFIX + RETRIEVED :] == [-1] * 4
-    width = world.side.tokens.shape[1]
+    width = world.side.views.tokens.shape[1]
     assert example["negative_document_tokens"].shape == (9, width)
     assert example["document_index"].shape == example["document_row"].shape == ()
 

@@ -57,7 +57,9 @@ def test_the_run_folder_is_whole(run):
         "retriever.json",
         "spiece.model",
         "trie",
+        "vectors.bounds.npy",
         "vectors.npy",
+        "vectors.scales.npy",
         "vocabulary.json",
     }
     assert (run / "curves.png").stat().st_size > 1000

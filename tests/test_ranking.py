@@ -99,7 +99,8 @@ VECTORS = np.array([[0.1, 0.9], [0.5, 0.0], [0.8, 0.2], [-0.4, 0.0]], np.float32
 def test_each_scoring_orders_by_its_own_number(scoring, order):
     ranker = _ranker([0, 1, 2, 3], fusion=Fusion(alpha=0.0, weight=4.0))
     found = with_similarity(
-        _reached(ranker, range(4), [-1.0, -1.5, -3.0, -4.0]), VECTORS.__getitem__
+        _reached(ranker, range(4), [-1.0, -1.5, -3.0, -4.0]),
+        lambda positions, query: (VECTORS[positions] @ query,) * 2,
     )
     ranked = ranker._ranked(found, 4, scoring)
     assert "".join(str(r.position) for r in ranked) == order
@@ -113,7 +114,7 @@ def test_similarities_tie_by_id_too():
     ranker = _ranker([0, 1, 2, 3])
     found = with_similarity(
         _reached(ranker, range(4), [-1.0, -2.0, -3.0, -4.0]),
-        lambda positions: np.ones((len(positions), 2), np.float32),
+        lambda positions, query: (np.ones(len(positions), np.float32),) * 2,
     )
     assert [r.position for r in ranker._ranked(found, 2, "semantic")] == [3, 2]
 

@@ -14,15 +14,17 @@ from genret_jax.scoring import SCORINGS, Candidates, Fusion, fit_fusion
 METRIC = "mrr@10"
 
 
-def _candidates(generation, semantic=None, lengths=None, positions=None):
+def _candidates(generation, text=None, lengths=None, positions=None, asked=None):
     n = len(generation)
+    text = None if text is None else np.array(text, np.float32)
     return Candidates(
         positions=np.array(range(n) if positions is None else positions, np.int32),
         rows=np.arange(n, dtype=np.int32),
         lengths=np.array([1] * n if lengths is None else lengths, np.int32),
         generation=np.array(generation, np.float32),
         query=np.array([1.0, 0.0], np.float32),
-        semantic=None if semantic is None else np.array(semantic, np.float32),
+        text=text,
+        asked=text if asked is None else np.array(asked, np.float32),
     )
 
 
@@ -47,7 +49,7 @@ def test_fused_by_hand(alpha, weight, expected):
 def test_the_other_scorings_are_the_parts():
     fusion = Fusion(1.0, 4.0)
     assert fusion.score(FOUND, "generation") is FOUND.generation
-    assert fusion.score(FOUND, "semantic") is FOUND.semantic
+    assert fusion.score(FOUND, "semantic").tolist() == FOUND.text.tolist()
     assert set(SCORINGS) == {"fused", "generation", "semantic"}
 
 
@@ -57,6 +59,24 @@ def test_without_similarities_there_is_generation_alone(scoring):
     assert Fusion(0.0, 1.0).score(found, "generation").tolist() == [-1.0, -2.0]
     with pytest.raises(ValueError, match=f"'{scoring}' needs document vectors"):
         Fusion(0.0, 1.0).score(found, scoring)
+
+
+def test_both_similarities_by_hand():
+    found = _candidates([-1.0, -2.0], [0.5, 0.0], asked=[0.1, 0.9])
+    fusion = Fusion(0.0, 10.0, 0.25)
+    np.testing.assert_allclose(fusion.semantic(found), [0.4, 0.225], rtol=1e-6)
+    np.testing.assert_allclose(fusion.score(found), [3.0, 0.25], rtol=1e-6)
+    np.testing.assert_allclose(fusion.score(found, "semantic"), [0.4, 0.225], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("good", "share"), [("asked", 1.0), ("text", 0.0)])
+def test_the_similarity_that_leads_gets_the_share(good, share):
+    """Three queries, whose document is told by one kind of view and mistaken by the other."""
+    kinds = {"text": [0.0, 1.0], "asked": [0.0, 1.0], good: [1.0, 0.0]}
+    found = {q: _candidates([-1.0, -1.0], kinds["text"], asked=kinds["asked"]) for q in "qrs"}
+    qrels = {q: {"a": 1} for q in "qrs"}
+    fusion, curve = fit_fusion(found, qrels, ["a", "b"], temperature=1.0, metric=METRIC)
+    assert abs(fusion.query_share - share) < 0.5 and max(curve.values()) == 1.0
 
 
 def test_nothing_reached_has_no_scores():
@@ -78,7 +98,7 @@ def _mrr(found, qrels, ids, alpha, weight):
         scored = []
         for i, position in enumerate(c.positions.tolist()):
             mean = np.float32(c.generation[i]) / np.float32(c.lengths[i]) ** np.float32(alpha)
-            score = np.float32(mean + np.float32(weight) * np.float32(c.semantic[i]))
+            score = np.float32(mean + np.float32(weight) * np.float32(c.text[i]))
             scored.append((float(score), ids[position]))
         ranked = [name for _, name in sorted(scored, reverse=True)][:10]
         total += next((1 / r for r, name in enumerate(ranked, 1) if judged.get(name, 0) > 0), 0.0)

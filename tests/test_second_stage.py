@@ -112,11 +112,13 @@ def _same_retriever(a, b):
 def test_the_folder_says_what_was_done(run, retriever):
     assert (run / "retriever" / "vectors.npy").is_file()
     about = json.loads((run / "retriever" / "retriever.json").read_text())
-    assert set(about["fusion"]) == {"alpha", "weight"}
+    assert set(about["fusion"]) == {"alpha", "weight", "query_share"}
     stage = about["second_stage"]
     assert stage["steps"] == 20 and about["training"]["steps"] == 50
     assert stage["vector"] == "decoder_first" and stage["similarity"] == "cosine"
-    assert stage["vectors"] == {"store": "float32", "bytes": 8 * 16 * 4}
+    views = stage["vectors"]["views"]  # a piece of text and five queries each, or some more
+    assert 48 <= views <= 64 and stage["vectors"]["store"] == "int8"
+    assert stage["vectors"]["bytes"] == views * (16 + 4) + 9 * 2 * 8
     curve = {float(weight): value for weight, value in stage["fusion"]["dev"].items()}
     assert curve[about["fusion"]["weight"]] == max(curve.values())
     negatives = stage["negatives"]
@@ -173,7 +175,9 @@ def test_a_fused_score_is_made_of_its_parts(retriever):
     for hit in hits:
         position = _position(hit.document)
         row = trie.rows[rows[trie.row_documents == position][0]]
-        semantic = retriever.vectors[np.array([position])][0] @ vector
+        parts = retriever.vectors.similarities(np.array([position]), vector)
+        share = fusion["query_share"]
+        semantic = ((1 - share) * parts[0] + share * parts[1])[0]
         assert hit.semantic == pytest.approx(semantic, abs=1e-5)
         mean = hit.generation / (row > 0).sum() ** fusion["alpha"]
         assert hit.fused == pytest.approx(mean + fusion["weight"] * hit.semantic, abs=1e-4)
@@ -181,10 +185,14 @@ def test_a_fused_score_is_made_of_its_parts(retriever):
 
 def test_saved_vectors_are_the_models(retriever):
     model, vocabulary = retriever.ranker.model, retriever.index.vocabulary
-    texts = [d.whole for d in tiny_corpus().documents]
-    vectors = np.array(model.vectors(retriever.params, vocabulary.encode_batch(texts, 16)))
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    np.testing.assert_allclose(retriever.vectors[np.arange(8)], vectors, atol=1e-5)
+    corpus = tiny_corpus()
+    for position in range(8):
+        queries = [query for query, of in corpus.pairs("train") if of == position]
+        vectors = np.array(model.vectors(retriever.params, vocabulary.encode_batch(queries, 16)))
+        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+        begin, end = retriever.vectors.bounds[position, 1], retriever.vectors.bounds[position + 1, 0]
+        saved = retriever.vectors.rows(np.arange(begin, end))
+        np.testing.assert_allclose(saved, vectors, atol=np.abs(vectors).max() / 250)
 
 
 @pytest.mark.parametrize("scoring", ["generation", "semantic", "fused"])
@@ -323,15 +331,20 @@ def test_a_retriever_of_one_stage_refuses_what_needs_vectors(collection, tmp_pat
 
 @pytest.mark.parametrize("store", ["float32", "bfloat16", "int8"])
 def test_smaller_vectors_search_within_their_rounding(store, retriever, tmp_path):
-    plain = retriever.vectors[np.arange(8)]
-    small = dataclasses.replace(retriever, vectors=DocumentVectors.of(plain, store=store))
+    bounds = retriever.vectors.bounds
+    plain = retriever.vectors.rows(np.arange(bounds[-1, 0]))
+    retriever = dataclasses.replace(
+        retriever, vectors=DocumentVectors.of(plain, bounds, store="float32")
+    )
+    vectors = DocumentVectors.of(plain, bounds, store=store)
+    small = dataclasses.replace(retriever, vectors=vectors)
     small.save(tmp_path / "copy")
     small = Retriever.load(tmp_path / "copy")
     assert small.vectors.store == store
     query = _query_vector(retriever, QUERY)
     # bfloat16 rounds by half a unit in the last of 8 bits, int8 by half a step in each dimension.
     bound = {
-        "float32": np.zeros(8),
+        "float32": np.zeros(len(plain)),
         "bfloat16": 2.0**-8 * (np.abs(plain) @ np.abs(query)),
         "int8": np.abs(plain).max(1) / 254 * np.abs(query).sum(),
     }[store]
@@ -340,13 +353,14 @@ def test_smaller_vectors_search_within_their_rounding(store, retriever, tmp_path
     assert len(found) == 8
     for hit in found:
         error = abs(hit.semantic - exact[hit.document])
-        assert error <= bound[_position(hit.document)] + 1e-5
+        begin, end = bounds[_position(hit.document), 0], bounds[_position(hit.document) + 1, 0]
+        assert error <= bound[begin:end].max() + 1e-5
 
 
 def test_vectors_of_another_collection_are_found_out(retriever, tmp_path):
     retriever.save(tmp_path / "copy")
     np.save(tmp_path / "copy" / "vectors.npy", np.zeros((3, 16), np.float32))
-    with pytest.raises(UserError, match=r"shape \(3, 16\), but the retriever has 8 documents"):
+    with pytest.raises(UserError, match=r"shape \(3, 16\), but the documents have"):
         Retriever.load(tmp_path / "copy")
     (tmp_path / "copy" / "vectors.npy").unlink()
     with pytest.raises(UserError, match="no whole document vectors here"):
@@ -390,7 +404,7 @@ def test_kinds_of_docids_and_vectors(docids, more, tmp_path):
         [QUERY],
         k=8,
         beam=8,
-        vectors=second.vectors.__getitem__,
+        similarities=second.vectors.similarities,
         scoring="fused",
     )
     assert len(hits) == 8 and np.isfinite([hit.fused for hit in hits]).all()
@@ -398,7 +412,14 @@ def test_kinds_of_docids_and_vectors(docids, more, tmp_path):
     query = np.asarray(materials.model.vectors(second.result.params, tokens))[0]
     query = query / np.linalg.norm(query) if config.similarity == "cosine" else query
     for hit in hits:
-        semantic = second.vectors[np.array([hit.position])][0] @ query
+        begin, middle = second.vectors.bounds[hit.position]
+        end = second.vectors.bounds[hit.position + 1, 0]
+        text, asked = (
+            (second.vectors.rows(np.arange(a, b)) @ query).max()
+            for a, b in ((begin, middle), (middle, end))
+        )
+        share = second.fusion.query_share
+        semantic = (1 - share) * text + share * asked
         assert hit.semantic == pytest.approx(semantic, rel=1e-4, abs=1e-5)
 
     records = read_records(tmp_path / "ranking" / "metrics.jsonl", up_to=99)

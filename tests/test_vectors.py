@@ -9,6 +9,10 @@ from genret_jax.errors import UserError
 from genret_jax.vectors import STORES, DocumentVectors
 
 
+# Three documents: two pieces and two queries; a piece; a piece and a query.
+BOUNDS = np.array([[0, 2], [4, 5], [5, 6], [7, 7]])
+
+
 @pytest.fixture(scope="module")
 def vectors():
     """Directions, one of them along an axis, and one vector of zeros."""
@@ -28,43 +32,46 @@ def _bound(vectors, store):
 
 @pytest.mark.parametrize("store", STORES)
 def test_saved_and_loaded_within_rounding(store, vectors, tmp_path):
-    made = DocumentVectors.of(vectors, store=store)
+    made = DocumentVectors.of(vectors, BOUNDS, store=store)
     made.save(tmp_path)
-    found = DocumentVectors.load(tmp_path, documents=7)
+    found = DocumentVectors.load(tmp_path, documents=3)
     assert isinstance(found.values, np.memmap) and found.store == made.store == store
-    assert len(found) == 7 and found.num_bytes == made.num_bytes
-    rows = found[np.arange(7)]
-    assert rows.dtype == np.float32 and (rows == made[np.arange(7)]).all()
+    assert len(found) == 3 and found.num_bytes == made.num_bytes
+    rows = found.rows(np.arange(7))
+    assert rows.dtype == np.float32 and (rows == made.rows(np.arange(7))).all()
     assert (np.abs(rows - vectors) <= _bound(vectors, store) * 1.0001).all()
     assert (rows[4] == 0).all(), "a vector of zeros is one"
     np.testing.assert_allclose(rows[1], vectors[1], rtol=1e-6)
 
 
 def test_bytes_of_each_store(vectors):
-    sizes = {s: DocumentVectors.of(vectors, store=s).num_bytes for s in STORES}
-    assert sizes == {"float32": 7 * 12 * 4, "bfloat16": 7 * 12 * 2, "int8": 7 * 12 + 7 * 4}
+    plain = {"float32": 7 * 12 * 4, "bfloat16": 7 * 12 * 2, "int8": 7 * 12 + 7 * 4}
+    bounds = 4 * 2 * 8
+    sizes = {s: DocumentVectors.of(vectors, BOUNDS, store=s).num_bytes for s in STORES}
+    assert sizes == {s: bounds + n for s, n in plain.items()}
 
 
 @pytest.mark.parametrize("store", STORES)
-@pytest.mark.parametrize("positions", [[], [3], [6, 0, 6]])
-def test_any_positions_in_any_order(store, positions, vectors, tmp_path):
-    DocumentVectors.of(vectors, store=store).save(tmp_path)
-    found = DocumentVectors.load(tmp_path, documents=7)
-    some = found[np.array(positions, np.int32)]
-    assert some.shape == (len(positions), 12) and some.dtype == np.float32
-    assert (some == found[np.arange(7)][positions]).all()
+@pytest.mark.parametrize("rows", [[], [3], [6, 0, 6]])
+def test_any_rows_in_any_order(store, rows, vectors, tmp_path):
+    DocumentVectors.of(vectors, BOUNDS, store=store).save(tmp_path)
+    found = DocumentVectors.load(tmp_path, documents=3)
+    some = found.rows(np.array(rows, np.int32))
+    assert some.shape == (len(rows), 12) and some.dtype == np.float32
+    assert (some == found.rows(np.arange(7))[rows]).all()
 
 
 def test_int8_keeps_vectors_of_any_length():
     """Each has its own scale, so that a long one leaves the others their digits."""
     vectors = np.array([[1e-4, -5e-5], [1e4, 3e3]], np.float32)
-    found = DocumentVectors.of(vectors, store="int8")[np.arange(2)]
+    bounds = np.array([[0, 1], [1, 2], [2, 2]])
+    found = DocumentVectors.of(vectors, bounds, store="int8").rows(np.arange(2))
     np.testing.assert_allclose(found, vectors, rtol=1.3e-2)
 
 
 def test_an_unknown_store_is_an_error(vectors):
     with pytest.raises(ValueError, match="must be one of .*'int8'.* found 'int4'"):
-        DocumentVectors.of(vectors, store="int4")
+        DocumentVectors.of(vectors, BOUNDS, store="int4")
 
 
 def _cut(path):
@@ -80,23 +87,40 @@ def _cut(path):
         (lambda f: (f / "vectors.npy").write_bytes(b"rubbish" * 9), "no whole document vectors"),
         (lambda f: (f / "vectors.scales.npy").unlink(), "no whole document vectors here"),
         (lambda f: _cut(f / "vectors.scales.npy"), "no whole document vectors here"),
-        (lambda f: np.save(f / "vectors.npy", np.zeros((6, 12), np.int8)), "has 7 documents"),
-        (lambda f: np.save(f / "vectors.npy", np.zeros(7, np.float32)), "has 7 documents"),
-        (lambda f: np.save(f / "vectors.scales.npy", np.ones(3, np.float32)), "has 7 documents"),
+        (lambda f: np.save(f / "vectors.npy", np.zeros((6, 12), np.int8)), "have 7 views"),
+        (lambda f: np.save(f / "vectors.npy", np.zeros(7, np.float32)), "have 7 views"),
+        (lambda f: np.save(f / "vectors.scales.npy", np.ones(3, np.float32)), "have 7 views"),
+        (lambda f: (f / "vectors.bounds.npy").unlink(), "no whole document vectors here"),
+        (lambda f: np.save(f / "vectors.bounds.npy", BOUNDS[:-1]), "has 3 documents"),
         (lambda f: np.save(f / "vectors.npy", np.zeros((7, 12), np.complex64)), "complex64"),
     ],
 )
 def test_a_broken_folder_is_one_line(harm, message, vectors, tmp_path):
-    DocumentVectors.of(vectors, store="int8").save(tmp_path)
+    DocumentVectors.of(vectors, BOUNDS, store="int8").save(tmp_path)
     harm(tmp_path)
     with pytest.raises(UserError, match=message) as caught:
-        DocumentVectors.load(tmp_path, documents=7)
+        DocumentVectors.load(tmp_path, documents=3)
     text = str(caught.value)
     assert "\n" not in text and str(tmp_path) in text and "run `genret fit` again" in text
 
 
 def test_saving_again_in_another_store_leaves_nothing_behind(vectors, tmp_path):
     for store in ("int8", "float32"):
-        DocumentVectors.of(vectors, store=store).save(tmp_path)
-    found = DocumentVectors.load(tmp_path, documents=7)
-    assert found.store == "float32" and (found[np.arange(7)] == vectors).all()
+        DocumentVectors.of(vectors, BOUNDS, store=store).save(tmp_path)
+    found = DocumentVectors.load(tmp_path, documents=3)
+    assert found.store == "float32" and (found.rows(np.arange(7)) == vectors).all()
+
+
+@pytest.mark.parametrize("store", STORES)
+@pytest.mark.parametrize("positions", [[], [1], [2, 0, 1]])
+def test_similarities_are_those_of_the_nearest_view(store, positions, vectors):
+    found = DocumentVectors.of(vectors, BOUNDS, store=store)
+    query = vectors[2] - 0.3 * vectors[6]
+    text, asked = found.similarities(np.array(positions, np.int32), query)
+    assert text.shape == asked.shape == (len(positions),)
+    for i, position in enumerate(positions):
+        begin, middle, end = *BOUNDS[position], BOUNDS[position + 1, 0]
+        pieces = [float(found.rows(np.array([j]))[0] @ query) for j in range(begin, middle)]
+        queries = [float(found.rows(np.array([j]))[0] @ query) for j in range(middle, end)]
+        assert text[i] == pytest.approx(max(pieces), abs=1e-5)
+        assert asked[i] == pytest.approx(max(queries or pieces), abs=1e-5)

@@ -17,8 +17,10 @@ from jaxtyping import Int32
 from genret_jax.corpus import Document
 from genret_jax.data.batches import Arrays, Batches, Pool
 from genret_jax.data.examples import TrainingExamples
+from genret_jax.data.views import Views, make_views
 from genret_jax.negatives import Negatives, Positives, draw
-from genret_jax.vocabularies import Vocabulary
+from genret_jax.recipe import ContrastiveConfig
+from genret_jax.vocabularies import DocidSpace
 
 _SEED = 23  # of negatives, so that they do not follow the order of the examples
 
@@ -28,31 +30,34 @@ class DocumentSide:
     """What the model reads of every document.
 
     Attributes:
-      tokens: int32[documents, length], title and text, EOS included, 0-padded.
+      views: texts of every document.
       docids: int32[documents, docid length], local docid ids, 0-padded.
       row: int32[documents], one number for documents of equal docids.
     """
 
-    tokens: np.ndarray
+    views: Views
     docids: np.ndarray
     row: np.ndarray
 
     @classmethod
     def of(
         cls,
-        documents: Sequence[Document],
         examples: TrainingExamples,
-        vocabulary: Vocabulary,
-        *,
-        length: int,
+        positives: Positives,
+        docids: DocidSpace,
+        config: ContrastiveConfig,
     ) -> DocumentSide:
-        docids = vocabulary.docids.to_local(examples.docids[examples.document_rows])
-        _, row = np.unique(docids, axis=0, return_inverse=True)
-        texts = [d.whole for d in documents]
-        tokens = vocabulary.encode_batch(texts, length)
-        used = max(1, int((tokens > 0).sum(1).max(initial=1)))
-        tokens = tokens[:, : min(length, -(-used // 8) * 8)]
-        return cls(tokens, docids.astype(np.int32), row.reshape(-1).astype(np.int32))
+        """What `config` wants of the documents; `positives` are the train queries of `examples`."""
+        written = docids.to_local(examples.docids[examples.document_rows])
+        _, row = np.unique(written, axis=0, return_inverse=True)
+        views = make_views(
+            examples,
+            positives.query_of,
+            length=config.document_length,
+            pieces=config.pieces,
+            queries=config.queries,
+        )
+        return cls(views, written.astype(np.int32), row.reshape(-1).astype(np.int32))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,14 +154,17 @@ class ContrastiveBatches:
         prefix = draw(self.negatives.prefix[document], self._counts[0], rng)
         retrieved = draw(self.negatives.retrieved[question], self._counts[1], rng)
         negative = np.concatenate([prefix, retrieved], axis=1).astype(np.int32)
+        views = self._side.views
+        everyone = np.concatenate([document[:, None], negative], axis=1)
+        tokens = views.tokens[views.draw(everyone, question[:, None], rng)]
         return {
             **batch,
             "relevant_index": self._questions.relevant[question],
             "document_row": self._side.row[document],
-            "document_tokens": self._side.tokens[document],
+            "document_tokens": tokens[:, 0],
             "document_docids": self._side.docids[document],
             "negative_document_index": negative,
             "negative_document_row": self._side.row[negative],
-            "negative_document_tokens": self._side.tokens[negative],
+            "negative_document_tokens": tokens[:, 1:],
             "negative_document_docids": self._side.docids[negative],
         }

@@ -18,6 +18,7 @@ import tensorflow as tf
 from genret_jax.data.contrastive import DocumentSide, Questions, known_documents
 from genret_jax.data.examples import TrainingExamples
 from genret_jax.data.tasks import add_task, register
+from genret_jax.data.views import QUERY_SHARE
 from genret_jax.data.vocabulary import SeqioVocabulary
 from genret_jax.negatives import Negatives, Positives
 
@@ -45,6 +46,8 @@ class _Tables(NamedTuple):
     """What examples are completed from, as tensors; see DocumentSide, Questions and Negatives."""
 
     tokens: tf.Tensor
+    questions: tf.Tensor
+    bounds: tf.Tensor
     docids: tf.Tensor
     row: tf.Tensor
     relevant: tf.Tensor
@@ -81,7 +84,9 @@ def register_contrastive(
     """
     mixture = seqio.MixtureRegistry.get(register(f"{name}_plain", examples, vocabulary, **plain))
     tables = _Tables(
-        tokens=tf.constant(side.tokens),
+        tokens=tf.constant(side.views.tokens),
+        questions=tf.constant(side.views.questions),
+        bounds=tf.constant(side.views.bounds),
         docids=tf.constant(side.docids),
         row=tf.constant(side.row),
         relevant=tf.constant(questions.relevant),
@@ -114,7 +119,7 @@ def document_lengths(side: DocumentSide, questions: Questions, *, negatives: int
     """
     return {
         **dict.fromkeys(_NUMBERS, 1),
-        "document_tokens": side.tokens.shape[1],
+        "document_tokens": side.views.tokens.shape[1],
         "document_docids": side.docids.shape[1],
         "relevant_index": questions.relevant.shape[1],
         **{feature: negatives for feature in DOCUMENT_FEATURES if feature.startswith("negative")},
@@ -122,7 +127,7 @@ def document_lengths(side: DocumentSide, questions: Questions, *, negatives: int
 
 
 def _features(side: DocumentSide) -> dict[str, seqio.Feature]:
-    vocabulary = seqio.PassThroughVocabulary(size=len(side.tokens))
+    vocabulary = seqio.PassThroughVocabulary(size=len(side.docids))
     return {
         feature: seqio.Feature(vocabulary, add_eos=False, dtype=tf.int32, rank=rank)
         for feature, rank in DOCUMENT_FEATURES.items()
@@ -142,7 +147,7 @@ def _numbered(
     return seqio.FunctionDataSource(dataset_fn, splits=("train",))
 
 
-@seqio.map_over_dataset(num_seeds=2)
+@seqio.map_over_dataset(num_seeds=3)
 def _documents_beside(
     example: dict[str, tf.Tensor],
     seeds: tf.Tensor,
@@ -158,6 +163,7 @@ def _documents_beside(
         _draw(tables.retrieved[question], retrieved, seeds[1]),
     ]
     negative = tf.concat(drawn, 0)
+    views = _draw_views(tf.concat([[document], negative], 0), question, seeds[2], tables)
     # Padding, -1, reads the last document; the loss knows it by its index.
     place = tf.math.floormod(negative, tf.shape(tables.row)[0])
     return {
@@ -165,11 +171,11 @@ def _documents_beside(
         "relevant_index": tables.relevant[question],
         "document_index": document[None],
         "document_row": tables.row[document][None],
-        "document_tokens": tables.tokens[document],
+        "document_tokens": tables.tokens[views[0]],
         "document_docids": tables.docids[document],
         "negative_document_index": negative,
         "negative_document_row": tf.gather(tables.row, place),
-        "negative_document_tokens": tf.gather(tables.tokens, place),
+        "negative_document_tokens": tf.gather(tables.tokens, views[1:]),
         "negative_document_docids": tf.gather(tables.docids, place),
     }
 
@@ -180,6 +186,25 @@ def _draw(row: tf.Tensor, count: int, seed: tf.Tensor) -> tf.Tensor:
     chosen = tf.gather(row, tf.argsort(keys)[:count])
     chosen = tf.concat([chosen, tf.fill([tf.maximum(count - tf.size(chosen), 0)], -1)], 0)
     return tf.ensure_shape(chosen, [count])
+
+
+def _draw_views(
+    documents: tf.Tensor, question: tf.Tensor, seed: tf.Tensor, tables: _Tables
+) -> tf.Tensor:
+    """int64[documents]: a view of each; see `Views.draw`."""
+    of = tf.maximum(documents, 0)
+    begin = tf.gather(tables.bounds, of)
+    pieces, queries, end = begin[:, 0], begin[:, 1], tf.gather(tables.bounds, of + 1)[:, 0]
+    place, kind = tf.unstack(tf.random.stateless_uniform([2, tf.size(of)], seed))
+
+    def within(start: tf.Tensor, stop: tf.Tensor) -> tf.Tensor:
+        return start + tf.cast(place * tf.cast(stop - start, tf.float32), tf.int64)
+
+    wanted = (end > queries) & (kind < QUERY_SHARE)
+    found = tf.where(wanted, within(queries, end), within(pieces, queries))
+    # Outside its range only where there is no query, which is not wanted then.
+    same = tf.gather(tables.questions, found) == question
+    return tf.where(same, within(pieces, queries), found)
 
 
 def documents_beside(

@@ -44,11 +44,12 @@ from genret_jax.training.trainer import TrainResult, train
 from genret_jax.vectors import DocumentVectors
 
 log = logging.getLogger(__name__)
-_ENCODE = 64  # documents encoded at a time
+_ENCODE = 64  # views encoded at a time
+_DEV_VIEWS = 32  # of each kind, of a document, while parameters are compared
 _FUSION_BEAM = 100  # what a search uses when nothing else is asked
 _PREFIX_POOL = 16  # prefix negatives kept a document
 _MINING_SHARE = 0.2  # of the time that is left of a budget
-_SECONDS_A_DEV_QUERY = 0.02  # of a search with that beam, and of fitting, on two cores
+_SECONDS_A_DEV_QUERY = 0.03  # of a search with that beam, and of fitting, on two cores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,13 +79,9 @@ def train_ranking(materials: Materials, params: Params, folder: Path, clock: Clo
       clock: of the whole run.
     """
     config = materials.recipe.contrastive
-    side = DocumentSide.of(
-        materials.documents,
-        materials.examples,
-        materials.index.vocabulary,
-        length=config.document_length,
-    )
     miner = _Miner(materials, folder / "negatives", clock)
+    docids = materials.index.vocabulary.docids
+    side = DocumentSide.of(materials.examples, miner.positives, docids, config)
     negatives = miner.negatives(0, params)
     counts = _negatives_an_example(config, negatives)
     batches = ContrastiveBatches(
@@ -117,12 +114,16 @@ def train_ranking(materials: Materials, params: Params, folder: Path, clock: Clo
         refresh=refresh if config.refresh_every else None,
         refresh_every=config.refresh_every,
     )
-    vectors = DocumentVectors.of(encoder.all(result.params), store=config.store)
+    vectors = encoder.all(result.params)
     fusion, curve = _fit_fusion(materials, result.params, vectors)
     report = {
         "negatives": batches.negatives.report(),
         "fusion": {**dataclasses.asdict(fusion), "dev": curve},
-        "vectors": {"store": config.store, "bytes": vectors.num_bytes},
+        "vectors": {
+            "store": config.store,
+            "views": int(vectors.bounds[-1, 0]),
+            "bytes": vectors.num_bytes,
+        },
     }
     return SecondStage(result, vectors, fusion, report)
 
@@ -230,29 +231,66 @@ class _Miner:
 
 
 class DocumentEncoder:
-    """Documents -> semantic vectors, of length one where similarity is the cosine."""
+    """Documents -> vectors of their views, of length one where similarity is the cosine."""
 
     def __init__(self, materials: Materials, side: DocumentSide):
-        self._side = side
-        self._cosine = materials.recipe.contrastive.similarity == "cosine"
+        config = materials.recipe.contrastive
+        self._side, self._store = side, config.store
+        self._cosine = config.similarity == "cosine"
         self._encode = jax.jit(materials.model.vectors)
+        self._few = side.views.at_most(_DEV_VIEWS)
 
-    def some(self, params: Params, positions: np.ndarray, *, quiet: bool = True) -> np.ndarray:
-        """float32[positions, embed]."""
-        out = []
-        with tqdm(
-            total=len(positions), unit="document", desc="encoding", disable=quiet or None
-        ) as bar:
-            for start in range(0, len(positions), _ENCODE):
-                rows = np.resize(positions[start : start + _ENCODE], _ENCODE)
-                found = self._encode(params, self._side.tokens[rows], self._side.docids[rows])
-                out.append(np.asarray(found, np.float32))
-                bar.update(min(_ENCODE, len(positions) - start))
-        vectors = np.concatenate(out)[: len(positions)]
-        return unit_length(vectors) if self._cosine else vectors
+    def all(self, params: Params) -> DocumentVectors:
+        """Vectors as they are kept with the retriever."""
+        everything = np.arange(len(self._side.views.tokens))
+        return self._some(params, everything, store=self._store, quiet=False)
 
-    def all(self, params: Params) -> np.ndarray:
-        return self.some(jax.device_put(params), np.arange(len(self._side.tokens)), quiet=False)
+    def few(self, params: Params, documents: np.ndarray) -> DocumentVectors:
+        """Of some views of some documents, to judge parameters by; others have none."""
+        rows = self._few[np.isin(self._side.views.owners[self._few], documents)]
+        return self._some(params, rows, store="float32", quiet=True)
+
+    def seconds(self, params: Params) -> float:
+        """What `all` will take, by the time of one batch of the longest views."""
+        batch = np.arange(min(_ENCODE, len(self._side.views.tokens)))
+        on_device = jax.device_put(params)
+        times = []
+        for _ in range(2):  # the first compiles
+            begin = time.monotonic()
+            self._batch(on_device, batch, self._side.views.tokens.shape[1])
+            times.append(time.monotonic() - begin)
+        return times[-1] * self._used().mean() / self._side.views.tokens.shape[1] * (
+            len(self._side.views.tokens) / _ENCODE
+        )
+
+    def _used(self) -> np.ndarray:
+        """int[views], tokens of every view, up to the next multiple of 8."""
+        return -(-(self._side.views.tokens > 0).sum(1) // 8) * 8
+
+    def _batch(self, params: Params, rows: np.ndarray, width: int) -> np.ndarray:
+        padded = np.resize(rows, _ENCODE)
+        docids = self._side.docids[self._side.views.owners[padded]]
+        found = self._encode(params, self._side.views.tokens[padded, :width], docids)
+        return np.asarray(found, np.float32)[: len(rows)]
+
+    def _some(
+        self, params: Params, rows: np.ndarray, *, store: str, quiet: bool
+    ) -> DocumentVectors:
+        on_device, used = jax.device_put(params), self._used()[rows]
+        vectors = np.zeros((len(rows), self._width(params)), np.float32)
+        with tqdm(total=len(rows), unit="view", desc="encoding", disable=quiet or None) as bar:
+            for width in np.unique(used).tolist():  # short views do not pay for long ones
+                alike = np.flatnonzero(used == width)
+                for start in range(0, len(alike), _ENCODE):
+                    part = alike[start : start + _ENCODE]
+                    vectors[part] = self._batch(on_device, rows[part], width)
+                    bar.update(len(part))
+        vectors = unit_length(vectors) if self._cosine else vectors
+        return DocumentVectors.of(vectors, self._side.views.some(rows).bounds, store=store)
+
+    @staticmethod
+    def _width(params: Params) -> int:
+        return int(params["token_embedder"]["embedding"].shape[1])
 
 
 def _dev_candidates(
@@ -273,13 +311,8 @@ def _dev_evaluation(materials: Materials, encoder: DocumentEncoder) -> Any:
 
     def run(params: Params) -> dict[str, float]:
         reached = _dev_candidates(materials, params, ranker, DEV_BEAM)
-        # Vectors change with every step: only those of documents that were reached are needed.
-        positions = np.unique(np.concatenate([c.positions for c in reached.values()]))
-        vectors = encoder.some(params, positions)
-        found = {
-            query: with_similarity(c, lambda p: vectors[np.searchsorted(positions, p)])
-            for query, c in reached.items()
-        }
+        vectors = encoder.few(params, np.concatenate([c.positions for c in reached.values()]))
+        found = {q: with_similarity(c, vectors.similarities) for q, c in reached.items()}
         fusion, _ = fit_fusion(
             found,
             split.dev_qrels,
@@ -301,15 +334,8 @@ def _dev_evaluation(materials: Materials, encoder: DocumentEncoder) -> Any:
 def _seconds_after_training(
     materials: Materials, encoder: DocumentEncoder, params: Params
 ) -> float:
-    """What vectors and fusion will take, by the time of one batch of documents."""
-    some = np.arange(min(_ENCODE, len(materials.documents)))
-    on_device = jax.device_put(params)
-    encoder.some(on_device, some)  # compiles
-    begin = time.monotonic()
-    encoder.some(on_device, some)
-    batches = -(-len(materials.documents) // _ENCODE)
-    dev = _SECONDS_A_DEV_QUERY * len(materials.split.dev_queries)
-    return 1.2 * batches * (time.monotonic() - begin) + dev
+    """What vectors and fusion will take."""
+    return 1.2 * encoder.seconds(params) + _SECONDS_A_DEV_QUERY * len(materials.split.dev_queries)
 
 
 def _temperature(materials: Materials, params: Params) -> float:
@@ -325,10 +351,10 @@ def _fit_fusion(
 ) -> tuple[Fusion, dict[float, float]]:
     if not materials.split.dev_queries:
         log.warning("no dev queries: the similarity gets the weight it had in training")
-        return Fusion(0.0, 1.0 / _temperature(materials, params)), {}
+        return Fusion(0.0, 1.0 / _temperature(materials, params), 0.5), {}
     reached = _dev_candidates(materials, jax.device_put(params), materials.ranker(), _FUSION_BEAM)
     return fit_fusion(
-        {query: with_similarity(c, vectors.__getitem__) for query, c in reached.items()},
+        {query: with_similarity(c, vectors.similarities) for query, c in reached.items()},
         materials.split.dev_qrels,
         materials.document_ids,
         temperature=_temperature(materials, params),
