@@ -55,9 +55,7 @@ class World:
         self.positives = known_positives(pairs)
         self.questions = Questions.of(self.positives, corpus.documents)
         config = ContrastiveConfig(document_length=8, pieces=3, queries=4)
-        self.side = DocumentSide.of(
-            self.examples, self.positives, self.vocabulary.docids, config
-        )
+        self.side = DocumentSide.of(self.examples, self.positives, self.vocabulary.docids, config)
         rng = np.random.default_rng(0)
         self.negatives = Negatives(
             # Documents without, with too few, and with more than enough.

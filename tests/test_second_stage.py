@@ -115,7 +115,7 @@ def test_the_folder_says_what_was_done(run, retriever):
     assert set(about["fusion"]) == {"alpha", "weight", "query_share"}
     stage = about["second_stage"]
     assert stage["steps"] == 20 and about["training"]["steps"] == 50
-    assert stage["vector"] == "decoder_first" and stage["similarity"] == "cosine"
+    assert stage["vector"] == "encoder_mean" and stage["similarity"] == "cosine"
     views = stage["vectors"]["views"]  # a piece of text and five queries each, or some more
     assert 48 <= views <= 64 and stage["vectors"]["store"] == "int8"
     assert stage["vectors"]["bytes"] == views * (16 + 4) + 9 * 2 * 8
@@ -190,7 +190,10 @@ def test_saved_vectors_are_the_models(retriever):
         queries = [query for query, of in corpus.pairs("train") if of == position]
         vectors = np.array(model.vectors(retriever.params, vocabulary.encode_batch(queries, 16)))
         vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-        begin, end = retriever.vectors.bounds[position, 1], retriever.vectors.bounds[position + 1, 0]
+        begin, end = (
+            retriever.vectors.bounds[position, 1],
+            retriever.vectors.bounds[position + 1, 0],
+        )
         saved = retriever.vectors.rows(np.arange(begin, end))
         np.testing.assert_allclose(saved, vectors, atol=np.abs(vectors).max() / 250)
 

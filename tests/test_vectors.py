@@ -8,7 +8,6 @@ import pytest
 from genret_jax.errors import UserError
 from genret_jax.vectors import STORES, DocumentVectors
 
-
 # Three documents: two pieces and two queries; a piece; a piece and a query.
 BOUNDS = np.array([[0, 2], [4, 5], [5, 6], [7, 7]])
 

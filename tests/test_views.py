@@ -64,7 +64,9 @@ def test_pieces_cover_the_text_where_there_are_enough(body, title, length):
 def test_pieces_and_queries_are_limited_and_evenly_spread():
     body = list(range(100, 200))
     queries = [[i] for i in range(20, 30)]
-    views = made([[]], [body], queries, [0] * 10, length=11, pieces=4, queries=3, query_of=range(10))
+    views = made(
+        [[]], [body], queries, [0] * 10, length=11, pieces=4, queries=3, query_of=range(10)
+    )
     assert [t[0] for t in texts(views)[:4]] == [100, 130, 160, 190]
     assert [t[0] for t in texts(views)[4:]] == [20, 23, 26]
 

@@ -18,6 +18,7 @@ _COLOURS = {
     "baseline": "#9a9a9a",
     "method": "#0072b2",
     "loss": "#e69f00",
+    "views": "#cc79a7",
     "scoring": "#56b4e9",
     "docids": "#009e73",
 }
@@ -25,6 +26,7 @@ _LABELS = {
     "baseline": "baseline",
     "method": "the whole method",
     "loss": "less training",
+    "views": "fewer vectors",
     "scoring": "other score",
     "docids": "other identifiers",
 }

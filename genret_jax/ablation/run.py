@@ -195,7 +195,9 @@ class _Bench:
 
     def job(self, variant: Variant, seed: int, recipe: Recipe, full: Recipe) -> Job:
         """A variant with a seed; `full` is the recipe of the full method with that seed."""
-        first = dataclasses.replace(recipe, contrastive=full.contrastive)
+        first = recipe
+        if variant.stage == 2:  # stage 1 is one for all that differ in stage 2 alone
+            first = dataclasses.replace(recipe, contrastive=full.contrastive)
         kind = f"-{variant.slug}" if variant.group == "docids" else ""
         stage_one = self._folder(f"stage-1{kind}", seed, first, 1)
         folder = stage_one

@@ -22,7 +22,8 @@ class Variant:
     Attributes:
       name: of the row; on the command line with hyphens for blanks.
       what: one line of explanation, for the legend.
-      group: "baseline", "method", "loss", "scoring" or "docids": its colour in the picture.
+      group: "baseline", "method", "loss", "views", "scoring" or "docids": its colour in the
+        picture.
       bindings: lines of gin that make the difference.
       stage: where its training ends.
       of: the variant whose training it measures, where that is another one.
@@ -71,6 +72,25 @@ VARIANTS = (
     ),
     Variant("stage 1 only", "its stage 1 alone, and so less time", "loss", stage=1),
     Variant(
+        "stage 1 all the time",
+        "stage 1 with the time of both",
+        "loss",
+        ("ContrastiveConfig.share = 0.0",),
+        stage=1,
+    ),
+    Variant(
+        "one view",
+        "a document has one vector, of its beginning",
+        "views",
+        ("ContrastiveConfig.pieces = 1", "ContrastiveConfig.queries = 0"),
+    ),
+    Variant(
+        "no query views",
+        "a document's vectors are of pieces of its text alone",
+        "views",
+        ("ContrastiveConfig.queries = 0",),
+    ),
+    Variant(
         "without prefix loss",
         "stage 2 without documents that share a docid prefix",
         "loss",
@@ -116,7 +136,8 @@ def chosen_variants(names: Sequence[str] | None, docids: Sequence[str]) -> list[
 
 
 def without_repetition(variants: Sequence[Variant], full: Recipe) -> list[Variant]:
-    """The variants without the row of those identifiers that the full method has anyway.
+    """The variants without those that are the full method itself: its own identifiers, and the
+    loss of prefixes where identifiers are of one token.
 
     Raises:
       UserError: a variant would leave out what the recipe has not, or all of stage 2.
@@ -129,6 +150,9 @@ def without_repetition(variants: Sequence[Variant], full: Recipe) -> list[Varian
             log.info("%s: is %s itself", variant.name, FULL)
             continue
         loss = losses.get(variant.name)
+        if loss == "prefix" and full.docids.kind == "atomic":
+            log.info("%s: is %s itself, whose docids share no prefix", variant.name, FULL)
+            continue
         if loss and not (config.prefix and config.retrieval):
             gone = "prefix" if not config.prefix else "retrieval"
             raise UserError(

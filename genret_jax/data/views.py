@@ -125,8 +125,10 @@ def _pieces(title: np.ndarray, body: np.ndarray, length: int, count: int) -> lis
 
 def _spread(available: int, count: int) -> Int[np.ndarray, " some"]:
     """At most `count` of range(available), evenly spread."""
-    return np.arange(min(available, count), dtype=np.int64) * available // max(
-        1, min(available, count)
+    return (
+        np.arange(min(available, count), dtype=np.int64)
+        * available
+        // max(1, min(available, count))
     )
 
 

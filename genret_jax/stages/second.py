@@ -132,7 +132,7 @@ def _negatives_an_example(config: ContrastiveConfig, negatives: Negatives) -> tu
     """How many of each kind; 0 of a kind that has no weight, or that no document has."""
     prefix = config.prefix_negatives if config.prefix else 0
     if prefix and not (np.asarray(negatives.prefix) >= 0).any():
-        log.warning("no two docids share a prefix: stage 2 goes without prefix negatives")
+        log.info("no two docids share a prefix: stage 2 goes without prefix negatives")
         prefix = 0
     return prefix, config.retrieved_negatives if config.retrieval else 0
 
@@ -259,8 +259,11 @@ class DocumentEncoder:
             begin = time.monotonic()
             self._batch(on_device, batch, self._side.views.tokens.shape[1])
             times.append(time.monotonic() - begin)
-        return times[-1] * self._used().mean() / self._side.views.tokens.shape[1] * (
-            len(self._side.views.tokens) / _ENCODE
+        return (
+            times[-1]
+            * self._used().mean()
+            / self._side.views.tokens.shape[1]
+            * (len(self._side.views.tokens) / _ENCODE)
         )
 
     def _used(self) -> np.ndarray:
