@@ -156,7 +156,7 @@ class ContrastiveConfig:
       mined: retrieved negatives kept a query, of which an example draws.
       mining_beam: of the search that retrieves them.
       refresh_every: steps after which negatives are retrieved anew; 0 for never.
-      document_length: tokens of a view of a document, at most.
+      document_length: tokens of a view of a document, at most; train queries are cut to it, too.
       pieces, queries: views of a document, at most; see `genret_jax.data.views.make_views`.
       share: of a time budget.
       steps, batch_size, learning_rate, warmup_steps, evaluations: as in TrainConfig.
@@ -351,6 +351,8 @@ def _check(part: Any) -> None:
             problem = "above 0"
         elif field.name in _NOT_NEGATIVE and not 0 <= value < float("inf"):
             problem = "at least 0"
+        elif field.name == "document_length" and value < 4:
+            problem = "at least 4"
         elif field.name == "prefix_depth" and not _is_depth(value):
             problem = "'deepest', 'sampled' or a number from '1' up"
         elif field.name == "indexing_share" and value > 1:

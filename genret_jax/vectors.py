@@ -56,6 +56,18 @@ class DocumentVectors:
         values = np.round(vectors / scales[:, None]).astype(np.int8)
         return cls(values, bounds, scales.astype(np.float32))
 
+    def empty(self, views: int) -> DocumentVectors:
+        """Room for so many vectors of this kind."""
+        values = np.zeros((views, self.values.shape[1]), self.values.dtype)
+        scales = None if self.scales is None else np.zeros(views, np.float32)
+        return DocumentVectors(values, self.bounds, scales)
+
+    def put(self, rows: Int[np.ndarray, " n"], some: DocumentVectors) -> None:
+        """Copies the vectors of `some`, all of them, to these rows."""
+        self.values[rows] = some.values
+        if self.scales is not None and some.scales is not None:
+            self.scales[rows] = some.scales
+
     def __len__(self) -> int:
         return len(self.bounds) - 1
 
@@ -88,6 +100,8 @@ class DocumentVectors:
         begin, end = self.bounds[positions, 0], self.bounds[np.asarray(positions) + 1, 0]
         pieces = self.bounds[positions, 1] - begin
         counts = end - begin
+        if not pieces.all():
+            raise ValueError("a document without a piece of text has no similarity")
         first = np.cumsum(counts) - counts
         rows = np.arange(counts.sum()) + np.repeat(begin - first, counts)
         scores = self.rows(rows) @ query
@@ -139,11 +153,13 @@ class DocumentVectors:
             raise UserError(
                 f"{folder}: no whole document vectors here ({error}); run `genret fit` again"
             ) from None
-        if bounds.shape != (documents + 1, 2):
+        if bounds.shape != (documents + 1, 2) or bounds.dtype.kind != "i":
             raise UserError(
-                f"{folder / _BOUNDS}: shape {bounds.shape}, but the retriever has {documents} "
-                "documents; run `genret fit` again"
+                f"{folder / _BOUNDS}: {bounds.dtype}{bounds.shape}, but the retriever has "
+                f"{documents} documents; run `genret fit` again"
             )
+        if bounds[0, 0] or (np.diff(bounds.reshape(-1)) < 0).any():
+            raise UserError(f"{folder / _BOUNDS}: damaged; run `genret fit` again")
         views = int(bounds[-1, 0])
         for name, array, rank in ((_FILE, values, 2), (_SCALES, scales, 1)):
             if array is not None and (array.ndim != rank or len(array) != views):

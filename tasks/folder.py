@@ -91,8 +91,8 @@ def register_folder_contrastive(
 
     Args:
       corpus, run, name, data, seed: see `register_folder`.
-      contrastive: numbers of negatives and length of documents; the weights of the losses are
-        the model's affair and not looked at.
+      contrastive: numbers of negatives, number and length of views (give the fit's); the weights
+        of the losses are the model's affair and not looked at.
       step: of the second stage at which the negatives were mined.
 
     Raises:

@@ -17,7 +17,7 @@ from genret_jax import Retriever, UserError
 from genret_jax.ablation import FILES, Report, ablate
 from genret_jax.ablation import run as ablation_run
 from genret_jax.ablation.report import Measured, Row
-from genret_jax.ablation.variants import BASELINES, chosen_variants
+from genret_jax.ablation.variants import BASELINES, chosen_variants, without_repetition
 from genret_jax.cli import main
 from genret_jax.corpus import read_run, write_corpus
 from genret_jax.evaluation import DEFAULT_METRICS, evaluate
@@ -202,7 +202,8 @@ def test_stage_1_is_trained_once_a_seed_and_kind(collection, tmp_path, pretended
     more += ["--variants", "without-retrieval-loss,stage-1-only,semantic-only,stage-1-all-the-time"]
     assert main(command(collection, tmp_path / "out", *more)) == 0
     names = [name for name, _ in pretended]
-    assert len(names) == 2 * (2 + 2 + 2), names
+    asked = {(name, s["minutes"]) for name, s in pretended}
+    assert len(names) == len(asked) == 2 * (2 + 2 + 2), names
     for seed in (0, 1):
         for name in ("stage-1", "dogr", "stage-1-docids-rq", "docids-rq"):
             assert f"{name}-seed-{seed}" in names
@@ -407,3 +408,27 @@ def test_one_seed_has_no_spread_and_all_may_fail(tmp_path):
     assert report.best_baseline == "" and report.tests == {}
     report.write(tmp_path)
     assert (tmp_path / "ablation.md").read_text().count("(failed)") == 5
+
+
+def test_variants_that_would_repeat_another_are_left_out():
+    def kept(*bindings, minutes=None):
+        recipe = load_recipe("dogr", bindings=[*BINDINGS, *bindings])
+        found = without_repetition(chosen_variants(None, ["rq", "keywords"]), recipe, minutes)
+        return {variant.name for variant in found}
+
+    losses, views = (
+        {"without prefix loss", "without retrieval loss"},
+        {"one view", "no query views"},
+    )
+    usual = kept()
+    assert losses | views <= usual and "docids keywords" not in usual
+    assert kept(minutes=5.0) - usual == {"stage 1 all the time"}
+    assert usual - kept("DocidConfig.kind = 'atomic'") == losses
+    assert usual - kept("ContrastiveConfig.queries = 0") == views
+
+
+@pytest.mark.parametrize(("name", "most"), [("one view", 1), ("no query views", 16)])
+def test_fewer_views_are_a_matter_of_the_recipe(name, most):
+    (variant,) = (v for v in chosen_variants([name], []) if v.name == name)
+    config = load_recipe("dogr", bindings=[*BINDINGS, *variant.bindings]).contrastive
+    assert (config.pieces, config.queries) == (most, 0)

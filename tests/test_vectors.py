@@ -91,6 +91,8 @@ def _cut(path):
         (lambda f: np.save(f / "vectors.scales.npy", np.ones(3, np.float32)), "have 7 views"),
         (lambda f: (f / "vectors.bounds.npy").unlink(), "no whole document vectors here"),
         (lambda f: np.save(f / "vectors.bounds.npy", BOUNDS[:-1]), "has 3 documents"),
+        (lambda f: np.save(f / "vectors.bounds.npy", BOUNDS / 1.0), "has 3 documents"),
+        (lambda f: np.save(f / "vectors.bounds.npy", BOUNDS[::-1]), "damaged"),
         (lambda f: np.save(f / "vectors.npy", np.zeros((7, 12), np.complex64)), "complex64"),
     ],
 )
@@ -123,3 +125,20 @@ def test_similarities_are_those_of_the_nearest_view(store, positions, vectors):
         queries = [float(found.rows(np.array([j]))[0] @ query) for j in range(middle, end)]
         assert text[i] == pytest.approx(max(pieces), abs=1e-5)
         assert asked[i] == pytest.approx(max(queries or pieces), abs=1e-5)
+
+
+def test_a_document_without_a_piece_is_an_error(vectors):
+    found = DocumentVectors.of(vectors, np.array([[0, 3], [3, 3], [7, 7]]), store="float32")
+    assert found.similarities(np.array([0]), vectors[0])[0].shape == (1,)
+    with pytest.raises(ValueError, match="without a piece"):
+        found.similarities(np.array([0, 1]), vectors[0])
+
+
+@pytest.mark.parametrize("store", STORES)
+def test_vectors_put_together_from_parts_are_those_of_one_call(store, vectors):
+    whole = DocumentVectors.of(vectors, BOUNDS, store=store)
+    parts = [np.array([5, 0, 2]), np.array([1, 3, 4, 6])]
+    made = DocumentVectors.of(vectors[:1], BOUNDS, store=store).empty(7)
+    for rows in parts:
+        made.put(rows, DocumentVectors.of(vectors[rows], BOUNDS, store=store))
+    assert (made.rows(np.arange(7)) == whole.rows(np.arange(7))).all() and made.store == store

@@ -44,7 +44,7 @@ def test_a_short_document_is_one_piece_with_its_title_and_its_queries():
 @given(
     st.lists(st.integers(10, 99), max_size=40),
     st.lists(st.integers(2, 9), max_size=6),
-    st.integers(3, 16),
+    st.integers(4, 16),
 )
 def test_pieces_cover_the_text_where_there_are_enough(body, title, length):
     views = made([title], [body], length=length, pieces=99)
@@ -53,12 +53,19 @@ def test_pieces_cover_the_text_where_there_are_enough(body, title, length):
         assert len(piece) <= length and piece[-1] == EOS
         head = title[: max(1, length // 3)]
         assert piece[: len(head)] == head[: length - 1]
-        window = piece[len(head) : -1]
-        starts = [s for s in range(len(body) + 1) if body[s : s + len(window)] == window]
-        assert starts, "a piece is a window of the text"
-        covered |= set(window)
-    room = length - 1 - len(title[: max(1, length // 3)])
-    assert room < 1 or covered == set(body)
+        rest, text = piece[len(head) : -1], title[len(head) :] + body
+        starts = [s for s in range(len(text) + 1) if text[s : s + len(rest)] == rest]
+        assert starts, "a piece is the title's beginning and a window of the rest"
+        covered |= set(piece[:-1])
+    assert covered == set(title) | set(body), "the tail of a title, too"
+
+
+def test_a_title_has_all_the_room_that_the_text_leaves():
+    title = list(range(10, 16))
+    assert texts(made([title], [[]])) == [[*title, EOS]]
+    assert texts(made([title], [[7]])) == [[*title, 7, EOS]]
+    first, *others = texts(made([title], [list(range(20, 40))], pieces=99))
+    assert first == [*title, 20, EOS] and all(p[:2] == [10, 11] for p in others)
 
 
 def test_pieces_and_queries_are_limited_and_evenly_spread():
@@ -92,6 +99,7 @@ def test_draws_are_of_the_document_of_both_kinds_and_never_the_question(three):
     documents = np.tile([0, 1, 2, -1], (500, 1))
     question = np.repeat([1, 0], 250)[:, None]
     rows = three.draw(documents, question, np.random.default_rng(0))
+    assert rows.shape == (500, 4)
     assert (three.owners[rows] == np.maximum(documents, 0)).all()
     assert not (three.questions[rows] == question).any()
     asked = (three.questions[rows] >= 0).mean(0)

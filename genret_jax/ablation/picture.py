@@ -25,7 +25,7 @@ _COLOURS = {
 _LABELS = {
     "baseline": "baseline",
     "method": "the whole method",
-    "loss": "less training",
+    "loss": "other training",
     "views": "fewer vectors",
     "scoring": "other score",
     "docids": "other identifiers",

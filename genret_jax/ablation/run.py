@@ -133,7 +133,7 @@ def ablate(
 
     wanted = chosen_variants(variants, docids)
     full = {seed: recipe(wanted[0], seed) for seed in seeds}
-    wanted = without_repetition(wanted, full[seeds[0]])
+    wanted = without_repetition(wanted, full[seeds[0]], minutes)
     bench = _Bench(corpus, read, out, split, minutes)
     baselines = [v for v in BASELINES if v.name != "bm25+q" or read.qrels.get("train")]
     jobs = [bench.baseline(variant) for variant in baselines]

@@ -79,18 +79,6 @@ VARIANTS = (
         stage=1,
     ),
     Variant(
-        "one view",
-        "a document has one vector, of its beginning",
-        "views",
-        ("ContrastiveConfig.pieces = 1", "ContrastiveConfig.queries = 0"),
-    ),
-    Variant(
-        "no query views",
-        "a document's vectors are of pieces of its text alone",
-        "views",
-        ("ContrastiveConfig.queries = 0",),
-    ),
-    Variant(
         "without prefix loss",
         "stage 2 without documents that share a docid prefix",
         "loss",
@@ -101,6 +89,18 @@ VARIANTS = (
         "stage 2 without retrieved and in-batch documents",
         "loss",
         ("ContrastiveConfig.retrieval = 0.0",),
+    ),
+    Variant(
+        "one view",
+        "a document has one vector, of its beginning",
+        "views",
+        ("ContrastiveConfig.pieces = 1", "ContrastiveConfig.queries = 0"),
+    ),
+    Variant(
+        "no query views",
+        "a document's vectors are of pieces of its text alone",
+        "views",
+        ("ContrastiveConfig.queries = 0",),
     ),
 )
 
@@ -135,9 +135,10 @@ def chosen_variants(names: Sequence[str] | None, docids: Sequence[str]) -> list[
     ]
 
 
-def without_repetition(variants: Sequence[Variant], full: Recipe) -> list[Variant]:
-    """The variants without those that are the full method itself: its own identifiers, and the
-    loss of prefixes where identifiers are of one token.
+def without_repetition(
+    variants: Sequence[Variant], full: Recipe, minutes: float | None
+) -> list[Variant]:
+    """The variants without those that would repeat another, or leave nothing, with this recipe.
 
     Raises:
       UserError: a variant would leave out what the recipe has not, or all of stage 2.
@@ -150,8 +151,14 @@ def without_repetition(variants: Sequence[Variant], full: Recipe) -> list[Varian
             log.info("%s: is %s itself", variant.name, FULL)
             continue
         loss = losses.get(variant.name)
-        if loss == "prefix" and full.docids.kind == "atomic":
-            log.info("%s: is %s itself, whose docids share no prefix", variant.name, FULL)
+        if loss and full.docids.kind == "atomic":
+            log.info("%s: %s, whose docids share no prefix, has one contrast", variant.name, FULL)
+            continue
+        if variant.name == "stage 1 all the time" and minutes is None:
+            log.info("%s: is stage 1 only, where steps are counted", variant.name)
+            continue
+        if variant.group == "views" and config.queries == 0:
+            log.info("%s: %s has no query views", variant.name, FULL)
             continue
         if loss and not (config.prefix and config.retrieval):
             gone = "prefix" if not config.prefix else "retrieval"

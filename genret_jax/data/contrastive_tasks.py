@@ -164,7 +164,7 @@ def _documents_beside(
     ]
     negative = tf.concat(drawn, 0)
     views = _draw_views(tf.concat([[document], negative], 0), question, seeds[2], tables)
-    # Padding, -1, reads the last document; the loss knows it by its index.
+    # Padding, -1, reads some document; the loss knows it by its index.
     place = tf.math.floormod(negative, tf.shape(tables.row)[0])
     return {
         **example,

@@ -17,7 +17,7 @@ from jaxtyping import Int, Int32
 
 from genret_jax.data.examples import TrainingExamples
 
-_TITLE_SHARE = 1 / 3  # of a view's tokens, at most
+_TITLE_SHARE = 1 / 3  # of a view's tokens, unless there is room; the rest begins the text
 QUERY_SHARE = 0.5  # of the views drawn in training, where a document has train queries
 EOS = 1
 
@@ -44,15 +44,15 @@ class Views:
 
     def draw(
         self,
-        documents: Int[np.ndarray, "*shape"],
-        question: Int[np.ndarray, "*shape"],
+        documents: Int[np.ndarray, "batch columns"],
+        question: Int[np.ndarray, "batch 1"],
         rng: np.random.Generator,
-    ) -> Int[np.ndarray, "*shape"]:
+    ) -> Int[np.ndarray, "batch columns"]:
         """A view of each document: a query half the time where it has some, a piece otherwise.
 
         Args:
           documents: positions; what stands at padding, -1, is a view of the first document.
-          question: the question that is asked, which is never the view drawn.
+          question: the row of `Questions` that is asked, which is never the view drawn.
           rng: of the drawing.
         """
         of = np.maximum(documents, 0)
@@ -72,9 +72,12 @@ class Views:
         )
 
     def some(self, rows: Int[np.ndarray, " some"]) -> Views:
-        """The views of ascending rows alone; every document must keep a piece."""
-        bounds = np.searchsorted(rows, self.bounds)
-        return Views(self.tokens[rows], self.questions[rows], bounds)
+        """The views of ascending rows alone; see `bounds_of`."""
+        return Views(self.tokens[rows], self.questions[rows], self.bounds_of(rows))
+
+    def bounds_of(self, rows: Int[np.ndarray, " some"]) -> Int[np.ndarray, "documents+1 2"]:
+        """Bounds among ascending rows; a document without any has similarity with nothing."""
+        return np.searchsorted(rows, self.bounds)
 
 
 def make_views(
@@ -115,7 +118,10 @@ def make_views(
 
 
 def _pieces(title: np.ndarray, body: np.ndarray, length: int, count: int) -> list[np.ndarray]:
-    title = title[: max(1, int(length * _TITLE_SHARE))]
+    if len(title) + len(body) < length:
+        return [np.concatenate([title, body])]
+    room = max(1, int(length * _TITLE_SHARE))
+    title, body = title[:room], np.concatenate([title[room:], body])
     window = max(1, length - 1 - len(title))
     last = max(0, len(body) - window)
     number = min(count, -(-2 * last // window) + 1)

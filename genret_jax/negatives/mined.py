@@ -22,7 +22,7 @@ class Positives(NamedTuple):
     """Train queries by their text.
 
     Attributes:
-      queries: the different texts, in the order of their first pair.
+      queries: the different texts, case and blanks aside, in the order of their first pair.
       relevant: int32[queries, most], ascending positions of what is relevant, then -1.
       query_of: int32[pairs], the query of each pair.
     """
@@ -43,14 +43,21 @@ def known_positives(pairs: Sequence[tuple[str, int]]) -> Positives:
       [[0, 3], [1, -1]]
     """
     number: dict[str, int] = {}
-    query_of = [number.setdefault(query, len(number)) for query, _ in pairs]
-    sets: list[set[int]] = [set() for _ in number]
-    for query, (_, position) in zip(query_of, pairs, strict=True):
-        sets[query].add(position)
+    texts: list[str] = []
+    query_of = []
+    for query, _ in pairs:
+        key = " ".join(query.casefold().split())
+        if key not in number:
+            number[key] = len(texts)
+            texts.append(query)
+        query_of.append(number[key])
+    sets: list[set[int]] = [set() for _ in texts]
+    for row, (_, position) in zip(query_of, pairs, strict=True):
+        sets[row].add(position)
     relevant = np.full((len(sets), max(map(len, sets), default=0)), -1, np.int32)
-    for row, positions in zip(relevant, sets, strict=True):
-        row[: len(positions)] = sorted(positions)
-    return Positives(list(number), relevant, np.array(query_of, np.int32))
+    for known, positions in zip(relevant, sets, strict=True):
+        known[: len(positions)] = sorted(positions)
+    return Positives(texts, relevant, np.array(query_of, np.int32))
 
 
 def mine(

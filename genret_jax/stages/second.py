@@ -24,6 +24,7 @@ from genret_jax.data.contrastive import (
     with_documents,
 )
 from genret_jax.docids.features import unit_length
+from genret_jax.errors import UserError
 from genret_jax.evaluation import evaluate
 from genret_jax.modeling.contrastive import JointWeights
 from genret_jax.modeling.model import Params
@@ -46,6 +47,7 @@ from genret_jax.vectors import DocumentVectors
 log = logging.getLogger(__name__)
 _ENCODE = 64  # views encoded at a time
 _DEV_VIEWS = 32  # of each kind, of a document, while parameters are compared
+_MOST_DEV_VIEWS = 50_000  # of all documents together
 _FUSION_BEAM = 100  # what a search uses when nothing else is asked
 _PREFIX_POOL = 16  # prefix negatives kept a document
 _MINING_SHARE = 0.2  # of the time that is left of a budget
@@ -103,6 +105,12 @@ def train_ranking(materials: Materials, params: Params, folder: Path, clock: Clo
     encoder = DocumentEncoder(materials, side)
     if clock.seconds:
         clock.reserve += _seconds_after_training(materials, encoder, params)
+        if clock.elapsed + clock.reserve > clock.seconds:
+            log.warning(
+                "the documents' vectors take %.0f s alone, more than is left; give more minutes "
+                "or fewer views (ContrastiveConfig.pieces, ContrastiveConfig.queries)",
+                clock.reserve,
+            )
     result = train(
         ranking_model(materials, prefix_negatives=counts[0]),
         batches,
@@ -134,6 +142,11 @@ def _negatives_an_example(config: ContrastiveConfig, negatives: Negatives) -> tu
     if prefix and not (np.asarray(negatives.prefix) >= 0).any():
         log.info("no two docids share a prefix: stage 2 goes without prefix negatives")
         prefix = 0
+    if not prefix and not config.retrieval:
+        raise UserError(
+            "no two docids share a prefix, and ContrastiveConfig.retrieval is 0: stage 2 has "
+            "nothing to contrast; give it a weight, or choose other --docids"
+        )
     return prefix, config.retrieved_negatives if config.retrieval else 0
 
 
@@ -238,7 +251,7 @@ class DocumentEncoder:
         self._side, self._store = side, config.store
         self._cosine = config.similarity == "cosine"
         self._encode = jax.jit(materials.model.vectors)
-        self._few = side.views.at_most(_DEV_VIEWS)
+        self._used = -(-(side.views.tokens > 0).sum(1) // 8) * 8
 
     def all(self, params: Params) -> DocumentVectors:
         """Vectors as they are kept with the retriever."""
@@ -247,7 +260,9 @@ class DocumentEncoder:
 
     def few(self, params: Params, documents: np.ndarray) -> DocumentVectors:
         """Of some views of some documents, to judge parameters by; others have none."""
-        rows = self._few[np.isin(self._side.views.owners[self._few], documents)]
+        count = max(1, min(_DEV_VIEWS, _MOST_DEV_VIEWS // (2 * len(np.unique(documents)))))
+        rows = self._side.views.at_most(count)
+        rows = rows[np.isin(self._side.views.owners[rows], documents)]
         return self._some(params, rows, store="float32", quiet=True)
 
     def seconds(self, params: Params) -> float:
@@ -259,16 +274,8 @@ class DocumentEncoder:
             begin = time.monotonic()
             self._batch(on_device, batch, self._side.views.tokens.shape[1])
             times.append(time.monotonic() - begin)
-        return (
-            times[-1]
-            * self._used().mean()
-            / self._side.views.tokens.shape[1]
-            * (len(self._side.views.tokens) / _ENCODE)
-        )
-
-    def _used(self) -> np.ndarray:
-        """int[views], tokens of every view, up to the next multiple of 8."""
-        return -(-(self._side.views.tokens > 0).sum(1) // 8) * 8
+        views, width = self._side.views.tokens.shape
+        return float(times[-1] * self._used.mean() / width * views / _ENCODE)
 
     def _batch(self, params: Params, rows: np.ndarray, width: int) -> np.ndarray:
         padded = np.resize(rows, _ENCODE)
@@ -279,21 +286,22 @@ class DocumentEncoder:
     def _some(
         self, params: Params, rows: np.ndarray, *, store: str, quiet: bool
     ) -> DocumentVectors:
-        on_device, used = jax.device_put(params), self._used()[rows]
-        vectors = np.zeros((len(rows), self._width(params)), np.float32)
+        on_device, used = jax.device_put(params), self._used[rows]
+        bounds = self._side.views.bounds_of(rows)
+        made: DocumentVectors | None = None
         with tqdm(total=len(rows), unit="view", desc="encoding", disable=quiet or None) as bar:
             for width in np.unique(used).tolist():  # short views do not pay for long ones
                 alike = np.flatnonzero(used == width)
                 for start in range(0, len(alike), _ENCODE):
                     part = alike[start : start + _ENCODE]
-                    vectors[part] = self._batch(on_device, rows[part], width)
+                    vectors = self._batch(on_device, rows[part], width)
+                    vectors = unit_length(vectors) if self._cosine else vectors
+                    some = DocumentVectors.of(vectors, bounds, store=store)
+                    made = made or some.empty(len(rows))
+                    made.put(part, some)
                     bar.update(len(part))
-        vectors = unit_length(vectors) if self._cosine else vectors
-        return DocumentVectors.of(vectors, self._side.views.some(rows).bounds, store=store)
-
-    @staticmethod
-    def _width(params: Params) -> int:
-        return int(params["token_embedder"]["embedding"].shape[1])
+        assert made is not None, "every document has a view"
+        return made
 
 
 def _dev_candidates(
