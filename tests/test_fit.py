@@ -212,7 +212,8 @@ def test_documents_without_queries_are_enough(tmp_path, capsys):
     assert len(retriever.search("honey", k=2)) == 2
     # No dev queries to fit weights on: the similarity counts as it did in training.
     temperature = retriever.about["recipe"]["contrastive"]["temperature"]
-    assert retriever.about["fusion"] == {"alpha": 0.0, "weight": pytest.approx(1 / temperature)}
+    expected = {"alpha": 0.0, "weight": pytest.approx(1 / temperature), "query_share": 0.5}
+    assert retriever.about["fusion"] == expected
 
 
 def test_saved_elsewhere_and_loaded_it_searches_the_same(run, tmp_path):
