@@ -137,17 +137,17 @@ def fit_fusion(
     alphas = _ALPHAS if len(lengths) > 1 else (0.0,)
     values: dict[Fusion, float] = {}
 
+    def preference(fusion: Fusion) -> tuple[float, ...]:
+        far = abs(fusion.weight * temperature - 1.0)
+        return values[fusion], -far, -abs(fusion.query_share - 0.5), -fusion.alpha
+
     def best(alphas: Sequence[float], shares: Sequence[float]) -> Fusion:
         for alpha, share, weight in itertools.product(alphas, shares, _WEIGHTS):
             fusion = Fusion(alpha, weight / temperature, share)
             if fusion not in values:
                 run = run_of_candidates(found, fusion, document_ids)
                 values[fusion] = evaluate(run, qrels, (metric,))[metric]
-        return max(values, key=_preference)
-
-    def _preference(fusion: Fusion) -> tuple[float, ...]:
-        far = abs(fusion.weight * temperature - 1.0)
-        return values[fusion], -far, -abs(fusion.query_share - 0.5), -fusion.alpha
+        return max(values, key=preference)
 
     two = any(c.text is not None and (c.text != c.asked).any() for c in found.values())
     chosen = best(alphas[:1], _SHARES if two else (0.0,))

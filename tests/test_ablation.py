@@ -424,7 +424,9 @@ def test_variants_that_would_repeat_another_are_left_out():
     assert losses | views <= usual and "docids keywords" not in usual
     assert kept(minutes=5.0) - usual == {"stage 1 all the time"}
     assert usual - kept("DocidConfig.kind = 'atomic'") == losses
-    assert usual - kept("ContrastiveConfig.queries = 0") == views
+    no_queries = "ContrastiveConfig.queries = 0"
+    assert usual - kept(no_queries) == {"no query views"}, "one view is still fewer"
+    assert usual - kept(no_queries, "ContrastiveConfig.pieces = 1") == views
 
 
 @pytest.mark.parametrize(("name", "most"), [("one view", 1), ("no query views", 16)])

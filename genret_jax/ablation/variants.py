@@ -145,6 +145,7 @@ def without_repetition(
     """
     config = full.contrastive
     losses = {"without prefix loss": "prefix", "without retrieval loss": "retrieval"}
+    fewest = {"one view": config.pieces == 1, "no query views": True}
     kept = []
     for variant in variants:
         if variant.name == f"docids {full.docids.kind}":
@@ -157,8 +158,8 @@ def without_repetition(
         if variant.name == "stage 1 all the time" and minutes is None:
             log.info("%s: is stage 1 only, where steps are counted", variant.name)
             continue
-        if variant.group == "views" and config.queries == 0:
-            log.info("%s: %s has no query views", variant.name, FULL)
+        if config.queries == 0 and fewest.get(variant.name):
+            log.info("%s: is %s itself", variant.name, FULL)
             continue
         if loss and not (config.prefix and config.retrieval):
             gone = "prefix" if not config.prefix else "retrieval"

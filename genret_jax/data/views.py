@@ -16,10 +16,10 @@ import numpy as np
 from jaxtyping import Int, Int32
 
 from genret_jax.data.examples import TrainingExamples
+from genret_jax.docids.table import EOS_ID
 
 _TITLE_SHARE = 1 / 3  # of a view's tokens, unless there is room; the rest begins the text
 QUERY_SHARE = 0.5  # of the views drawn in training, where a document has train queries
-EOS = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,10 +70,6 @@ class Views:
         return np.concatenate(
             [a + _spread(b - a, count) for a, b in zip(flat[:-1], flat[1:], strict=True)]
         )
-
-    def some(self, rows: Int[np.ndarray, " some"]) -> Views:
-        """The views of ascending rows alone; see `bounds_of`."""
-        return Views(self.tokens[rows], self.questions[rows], self.bounds_of(rows))
 
     def bounds_of(self, rows: Int[np.ndarray, " some"]) -> Int[np.ndarray, "documents+1 2"]:
         """Bounds among ascending rows; a document without any has similarity with nothing."""
@@ -144,5 +140,5 @@ def _padded(rows: list[np.ndarray]) -> Int32[np.ndarray, "rows length"]:
     out = np.zeros((len(rows), -(-int(lengths.max(initial=1)) // 8) * 8), np.int32)
     for target, row in zip(out, rows, strict=True):
         target[: len(row)] = row
-    out[np.arange(len(rows)), lengths - 1] = EOS
+    out[np.arange(len(rows)), lengths - 1] = EOS_ID
     return out
