@@ -16,7 +16,7 @@ SCORINGS = ("fused", "generation", "semantic")
 _ALPHAS = (0.0, 0.5, 1.0)
 _SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 # In units of 1 / temperature: at 1 the similarity counts as it did in training.
-_WEIGHTS = (0.0, 0.125, 0.25, 0.375, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 8.0)
+_WEIGHTS = (0.0, 0.125, 0.25, 0.375, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 8.0, 16.0, 32.0)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
