@@ -75,10 +75,11 @@ def fit(
     _check(recipe, minutes, stage)
     out, home = Path(out), Path(stage_one or out)
     clock = Clock(minutes * 60 if minutes else None, started=started, reserve=_RESERVE_SECONDS)
-    path, corpus = _read(corpus)
+    path, corpus = read_given(corpus)
     split = split_corpus(corpus, recipe.data, seed=recipe.train.seed)
     begun = _stage_one(home, recipe, corpus, split, stage) if stage_one else None
-    _claim(out, recipe, corpus, split, begun)
+    more = [begun.digest] if begun else []
+    claim(out, recipe, _identity(recipe.to_dict(), corpus, split, *more))
     last = stage or (2 if recipe.contrastive.wanted else 1)
     there = _stage_of(out)
     if stage == 2 and there == 1 and not begun and not (out / "training" / "checkpoints").is_dir():
@@ -124,9 +125,19 @@ def fit(
     return Retriever.load(find_retriever(out))
 
 
-def _check(recipe: Recipe, minutes: float | None, stage: int | None) -> None:
+def check_minutes(minutes: float | None) -> None:
+    """UserError unless it is a time budget, or none."""
     if minutes is not None and not 0 < minutes < float("inf"):
         raise UserError(f"minutes must be a number above 0, found {minutes}")
+
+
+def _check(recipe: Recipe, minutes: float | None, stage: int | None) -> None:
+    check_minutes(minutes)
+    if recipe.searcher.module:
+        raise UserError(
+            f"method {recipe.method} makes no generative retriever; use `genret fit`, or "
+            "genret_jax.searchers.fit_method"
+        )
     if stage is not None and stage not in STAGES:
         raise UserError(f"stage must be 1 or 2, found {stage}")
     if stage == 2 and not recipe.contrastive.wanted:
@@ -149,7 +160,8 @@ def _stage_of(out: Path) -> int:
     return 2 if "fusion" in json.loads(about.read_text(encoding="utf-8")) else 1
 
 
-def _read(corpus: str | Path | Corpus) -> tuple[str, Corpus]:
+def read_given(corpus: str | Path | Corpus) -> tuple[str, Corpus]:
+    """Where a corpus is ("" for one in memory), and what is there; its warnings are logged."""
     if isinstance(corpus, Corpus):
         return "", corpus
     read = read_corpus(corpus)
@@ -212,14 +224,17 @@ def _identity(recipe: dict[str, Any], corpus: Corpus, split: Split, *more: str) 
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _claim(
-    out: Path, recipe: Recipe, corpus: Corpus, split: Split, begun: _StageOne | None
-) -> None:
+def claim(out: Path, recipe: Recipe, digest: str) -> None:
     """Marks the folder as this run's, or finds that it is.
 
     A time budget is not part of a run's identity: it may be raised when it goes on.
+
+    Args:
+      digest: of everything else that the run depends on.
+
+    Raises:
+      UserError: the folder is of another run, or of no run.
     """
-    digest = _identity(recipe.to_dict(), corpus, split, *([begun.digest] if begun else []))
     mark = out / "run.json"
     made = any((out / name).exists() for name in ("index", "training", "ranking", "retriever"))
     if mark.is_file() and made:

@@ -8,7 +8,9 @@ command-line bindings come last.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -197,6 +199,20 @@ class ContrastiveConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class SearcherConfig:
+    """What is made and searched, where it is no generative retriever.
+
+    Attributes:
+      module: dotted name of a module with the functions `fit` and `load`, as
+        `genret_jax.searchers` wants them; "" for a generative retriever.
+      settings: for its `fit`.
+    """
+
+    module: str = ""
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
 class Recipe:
     """Everything that decides what a run does, besides its corpus."""
 
@@ -208,6 +224,7 @@ class Recipe:
     loss: LossConfig
     train: TrainConfig
     contrastive: ContrastiveConfig
+    searcher: SearcherConfig = SearcherConfig()
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -221,6 +238,7 @@ _PARTS = {
     "loss": LossConfig,
     "train": TrainConfig,
     "contrastive": ContrastiveConfig,
+    "searcher": SearcherConfig,
 }
 _CONFIGURABLE = {
     name: gin.external_configurable(part, name=part.__name__) for name, part in _PARTS.items()
@@ -236,6 +254,15 @@ def gin_folder() -> Path:
 def methods() -> list[str]:
     """Names that `--method` takes."""
     return sorted(p.stem for p in (gin_folder() / "methods").glob("*.gin"))
+
+
+def description(method: str) -> str:
+    """The first sentence of the comment that a method's gin file begins with."""
+    lines = (gin_folder() / "methods" / f"{method}.gin").read_text(encoding="utf-8").splitlines()
+    comment = itertools.takewhile(lambda line: line.startswith("#"), lines)
+    text = " ".join(line.lstrip("# ") for line in comment)
+    end = re.search(r"[.](?= [A-Z]|$)", text)
+    return text[: end.start()] if end else text
 
 
 def sizes() -> list[str]:
