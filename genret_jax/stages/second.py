@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from genret_jax.modeling.model import Params
 from genret_jax.modeling.ranking_model import RankingModel
 from genret_jax.negatives import (
     Negatives,
+    Search,
     bm25_search,
     known_positives,
     mine,
@@ -81,7 +83,7 @@ def train_ranking(materials: Materials, params: Params, folder: Path, clock: Clo
       clock: of the whole run.
     """
     config = materials.recipe.contrastive
-    miner = _Miner(materials, folder / "negatives", clock)
+    miner = Miner(materials, folder / "negatives", clock)
     docids = materials.index.vocabulary.docids
     side = DocumentSide.of(materials.examples, miner.positives, docids, config)
     negatives = miner.negatives(0, params)
@@ -104,7 +106,7 @@ def train_ranking(materials: Materials, params: Params, folder: Path, clock: Clo
 
     encoder = DocumentEncoder(materials, side)
     if clock.seconds:
-        clock.reserve += _seconds_after_training(materials, encoder, params)
+        clock.reserve += seconds_after_training(materials, encoder, params)
         if clock.elapsed + clock.reserve > clock.seconds:
             log.warning(
                 "the documents' vectors take %.0f s alone, more than is left; give more minutes "
@@ -114,7 +116,7 @@ def train_ranking(materials: Materials, params: Params, folder: Path, clock: Clo
     result = train(
         ranking_model(materials, prefix_negatives=counts[0]),
         batches,
-        config=_train_config(materials.recipe.train, config),
+        config=train_config(materials.recipe.train, config),
         folder=folder,
         evaluate=_dev_evaluation(materials, encoder),
         clock=clock,
@@ -164,16 +166,31 @@ def ranking_model(materials: Materials, *, prefix_negatives: int) -> RankingMode
     )
 
 
-def _train_config(config: TrainConfig, second: ContrastiveConfig) -> TrainConfig:
+def train_config(config: TrainConfig, second: ContrastiveConfig) -> TrainConfig:
     names = ("steps", "batch_size", "learning_rate", "warmup_steps", "evaluations")
     return dataclasses.replace(config, **{name: getattr(second, name) for name in names})
 
 
-class _Miner:
-    """Negatives of this corpus by given parameters, kept in a folder."""
+class Miner:
+    """Negatives of this corpus by given parameters, kept in a folder.
 
-    def __init__(self, materials: Materials, folder: Path, clock: Clock):
+    Args:
+      materials: the corpus, made ready.
+      folder: for them.
+      clock: of the whole run.
+      by_model: parameters -> the search of source "model"; the beam's by default.
+    """
+
+    def __init__(
+        self,
+        materials: Materials,
+        folder: Path,
+        clock: Clock,
+        *,
+        by_model: Callable[[Params], Search] | None = None,
+    ):
         self._materials, self._folder, self._clock = materials, folder, clock
+        self._by_model = by_model
         self.positives = known_positives(materials.split.pairs)
         self.questions = Questions.of(self.positives, materials.documents)
 
@@ -232,6 +249,8 @@ class _Miner:
         config = self._materials.recipe.contrastive
         if config.source == "bm25":
             return bm25_search(self._materials.documents)
+        if self._by_model:
+            return self._by_model(params)
         ranker = self._materials.ranker()
         beam = min(config.mining_beam, len(self._materials.index.trie.rows))
         on_device = jax.device_put(params)
@@ -342,9 +361,7 @@ def _dev_evaluation(materials: Materials, encoder: DocumentEncoder) -> Any:
     return run
 
 
-def _seconds_after_training(
-    materials: Materials, encoder: DocumentEncoder, params: Params
-) -> float:
+def seconds_after_training(materials: Materials, encoder: DocumentEncoder, params: Params) -> float:
     """What vectors and fusion will take."""
     return 1.2 * encoder.seconds(params) + _SECONDS_A_DEV_QUERY * len(materials.split.dev_queries)
 

@@ -28,8 +28,11 @@ def draw_curves(records: Sequence[dict[str, Any]], path: str | Path, *, title: s
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
     steps = [r["step"] for r in train]
-    left.plot(steps, [r["cross_entropy"] for r in train], color="C0")
-    left.set(xlabel="step", ylabel="cross-entropy a docid token (nats)", title="training loss")
+    # The loss of docids where there is one, so that runs with other terms compare.
+    docids = not train or "cross_entropy" in train[0]
+    left.plot(steps, [r["cross_entropy" if docids else "loss"] for r in train], color="C0")
+    label = "cross-entropy a docid token (nats)" if docids else "InfoNCE a query (nats)"
+    left.set(xlabel="step", ylabel=label, title="training loss")
     if train:
         left.set_ylim(bottom=0)
     for i, name in enumerate(n for n in _SHOWN if dev and n in dev[0]):
@@ -42,7 +45,11 @@ def draw_curves(records: Sequence[dict[str, Any]], path: str | Path, *, title: s
             xytext=(6, -3),
             color=f"C{i + 1}",
         )
-    right.set(xlabel="step", title="dev, by constrained beam search", ylim=(0, 1))
+    right.set(
+        xlabel="step",
+        title=f"dev, by {'constrained beam' if docids else 'exact'} search",
+        ylim=(0, 1),
+    )
     if dev:
         right.legend(loc="lower right")
     for axes in (left, right):
