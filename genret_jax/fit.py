@@ -31,6 +31,7 @@ from genret_jax.retriever import Retriever, find_retriever, write_retriever
 from genret_jax.splitting import Split, split_corpus
 from genret_jax.stages.common import DEV_BEAM, Materials
 from genret_jax.stages.first import train_docids
+from genret_jax.stages.margin import train_margin
 from genret_jax.stages.second import SecondStage, train_ranking
 from genret_jax.training.budget import Clock
 from genret_jax.training.trainer import TrainResult
@@ -109,7 +110,8 @@ def fit(
                 f"{out}: stage 1 has used {clock.elapsed / 60:.1f} of {minutes:g} minutes, and "
                 "nothing is left for stage 2; raise --minutes, or give --stage 2"
             )
-        second = train_ranking(materials, first.params, out / "ranking", clock)
+        train_second = train_margin if recipe.contrastive.rank else train_ranking
+        second = train_second(materials, first.params, out / "ranking", clock)
     about = _about(materials, corpus, path, first, second)
     about["training"]["seconds"] = round(clock.elapsed, 1)
     write_retriever(
@@ -138,6 +140,11 @@ def _check(recipe: Recipe, minutes: float | None, stage: int | None) -> None:
             f"method {recipe.method} makes no generative retriever; use `genret fit`, or "
             "genret_jax.searchers.fit_method"
         )
+    second = recipe.contrastive
+    if second.rank and (second.prefix or second.retrieval):
+        raise UserError(
+            "ContrastiveConfig.rank goes with neither prefix nor retrieval; leave one kind at 0"
+        )
     if stage is not None and stage not in STAGES:
         raise UserError(f"stage must be 1 or 2, found {stage}")
     if stage == 2 and not recipe.contrastive.wanted:
@@ -157,7 +164,7 @@ def _stage_of(out: Path) -> int:
     about = out / "retriever" / "retriever.json"
     if not about.is_file():
         return 0
-    return 2 if "fusion" in json.loads(about.read_text(encoding="utf-8")) else 1
+    return 2 if "second_stage" in json.loads(about.read_text(encoding="utf-8")) else 1
 
 
 def read_given(corpus: str | Path | Corpus) -> tuple[str, Corpus]:
@@ -290,11 +297,11 @@ def _about(
         "recipe": recipe.to_dict(),
     }
     if second:
+        about["second_stage"] = {"steps": second.result.steps, **second.report}
+    if second and second.fusion:
         about["fusion"] = dataclasses.asdict(second.fusion)
-        about["second_stage"] = {
-            "steps": second.result.steps,
+        about["second_stage"] |= {
             "vector": recipe.contrastive.vector,
             "similarity": recipe.contrastive.similarity,
-            **second.report,
         }
     return about

@@ -147,8 +147,10 @@ class ContrastiveConfig:
 
     Attributes:
       generation, prefix, retrieval: weights of docid cross-entropy, InfoNCE over documents whose
-        docids share a prefix, and InfoNCE over retrieved and in-batch negatives. Without prefix
-        and retrieval there is no second stage.
+        docids share a prefix, and InfoNCE over retrieved and in-batch negatives.
+      rank: weight of the margin rank loss over documents, which goes with neither of those two;
+        without any of the three there is no second stage.
+      margin, drawn_margin: see `genret_jax.modeling.margin.margin_rank`, in nats.
       vector: semantic vector; see `genret_jax.modeling.model`.
       similarity, temperature, learned_temperature, share_negatives: see
         `genret_jax.modeling.contrastive.info_nce`.
@@ -169,6 +171,9 @@ class ContrastiveConfig:
     generation: float = 1.0
     prefix: float = 0.0
     retrieval: float = 0.0
+    rank: float = 0.0
+    margin: float = 3.0
+    drawn_margin: float = 4.0
     vector: str = "decoder_first"
     similarity: str = "cosine"
     temperature: float = 0.05
@@ -195,7 +200,7 @@ class ContrastiveConfig:
 
     @property
     def wanted(self) -> bool:
-        return self.prefix > 0 or self.retrieval > 0
+        return self.prefix > 0 or self.retrieval > 0 or self.rank > 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -341,6 +346,9 @@ _NOT_NEGATIVE = (
     "generation",
     "prefix",
     "retrieval",
+    "rank",
+    "margin",
+    "drawn_margin",
     "anchor",
     "weight_decay",
     "clip_norm",

@@ -23,7 +23,7 @@ def train_docids(materials: Materials, folder: Path, clock: Clock) -> TrainResul
         materials.batches(materials.pools, batch_size=config.batch_size),
         config=config,
         folder=folder,
-        evaluate=_dev_evaluation(materials),
+        evaluate=dev_evaluation(materials),
         clock=clock,
         start=_start(materials),
     )
@@ -42,7 +42,8 @@ def _start(materials: Materials) -> Callable[[Params], Params] | None:
     )
 
 
-def _dev_evaluation(materials: Materials) -> Evaluate | None:
+def dev_evaluation(materials: Materials) -> Evaluate | None:
+    """Dev metrics of generation; None without dev queries."""
     split = materials.split
     if not split.dev_queries:
         return None

@@ -62,15 +62,16 @@ class SecondStage:
 
     Attributes:
       result: of its training.
-      vectors: of the documents, with the parameters that were best on dev.
-      fusion: weights fitted on dev.
       report: for retriever.json: negatives, fusion and its curve on dev.
+      vectors: of the documents, with the parameters that were best on dev; None where documents
+        are ranked by generation alone.
+      fusion: weights fitted on dev; None where there are no vectors.
     """
 
     result: TrainResult
-    vectors: DocumentVectors
-    fusion: Fusion
     report: dict[str, Any]
+    vectors: DocumentVectors | None = None
+    fusion: Fusion | None = None
 
 
 def train_ranking(materials: Materials, params: Params, folder: Path, clock: Clock) -> SecondStage:
@@ -135,7 +136,7 @@ def train_ranking(materials: Materials, params: Params, folder: Path, clock: Clo
             "bytes": vectors.num_bytes,
         },
     }
-    return SecondStage(result, vectors, fusion, report)
+    return SecondStage(result, report, vectors, fusion)
 
 
 def _negatives_an_example(config: ContrastiveConfig, negatives: Negatives) -> tuple[int, int]:
@@ -227,7 +228,7 @@ class Miner:
         They are asked in random order, so that those left out are no kind of their own.
         """
         config, questions, clock = self._materials.recipe.contrastive, self.questions, self._clock
-        if not config.retrieval or not config.retrieved_negatives:
+        if not (config.retrieval or config.rank) or not config.retrieved_negatives:
             return np.full((len(questions.texts), 1), -1, np.int32)
         end = clock.elapsed + _MINING_SHARE * ((clock.seconds or 0.0) - clock.elapsed)
         order = rng.permutation(len(questions.texts))
