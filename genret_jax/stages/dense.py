@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import logging
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,8 +41,8 @@ from genret_jax.training.lexical_start import lexical_encoder
 from genret_jax.training.trainer import Evaluate, TrainResult, train
 from genret_jax.vectors import DocumentVectors
 
-log = logging.getLogger(__name__)
 _DEV_DEPTH = 100
+_MOST_VIEWS = 16_000  # of all documents together, for mining and dev: encoding is what takes time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,6 +172,7 @@ class _Nearness:
     def __init__(self, materials: Materials, encoder: DocumentEncoder):
         recipe = materials.recipe
         self._encoder = encoder
+        self._kept: tuple[bytes, ExactSearch] | None = None
         self._documents = np.arange(len(materials.documents))
         self._queries = QueryEncoder(
             materials.model,
@@ -193,7 +194,7 @@ class _Nearness:
         self, params: Params
     ) -> Callable[[list[str], int], list[tuple[np.ndarray, np.ndarray]]]:
         """The same with their scores; the documents are encoded once, here."""
-        exact = ExactSearch(self._encoder.few(params, self._documents), faiss=False)
+        exact = self._exact(params)
         on_device = jax.device_put(params)
 
         def ranked(queries: list[str], k: int) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -204,6 +205,21 @@ class _Nearness:
             return found
 
         return ranked
+
+    def _exact(self, params: Params) -> ExactSearch:
+        """Over the documents by these parameters; made once for mining and evaluation of a step.
+
+        What was kept is used once: the next evaluation takes the time that evaluations take.
+        """
+        digest = hashlib.blake2b()
+        for leaf in jax.tree.leaves(jax.device_get(params)):
+            digest.update(np.asarray(leaf).tobytes())
+        kept, self._kept = self._kept, None
+        if kept and kept[0] == digest.digest():
+            return kept[1]
+        few = self._encoder.few(params, self._documents, most=_MOST_VIEWS)
+        self._kept = digest.digest(), ExactSearch(few, faiss=False)
+        return self._kept[1]
 
 
 def _dev_evaluation(materials: Materials, nearness: _Nearness) -> Evaluate | None:

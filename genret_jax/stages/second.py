@@ -278,9 +278,15 @@ class DocumentEncoder:
         everything = np.arange(len(self._side.views.tokens))
         return self._some(params, everything, store=self._store, quiet=False)
 
-    def few(self, params: Params, documents: np.ndarray) -> DocumentVectors:
-        """Of some views of some documents, to judge parameters by; others have none."""
-        count = max(1, min(_DEV_VIEWS, _MOST_DEV_VIEWS // (2 * len(np.unique(documents)))))
+    def few(
+        self, params: Params, documents: np.ndarray, *, most: int = _MOST_DEV_VIEWS
+    ) -> DocumentVectors:
+        """Of some views of some documents, to judge parameters by; others have none.
+
+        Args:
+          most: views of all documents together, unless one of a kind of each is more.
+        """
+        count = max(1, min(_DEV_VIEWS, most // (2 * len(np.unique(documents)))))
         rows = self._side.views.at_most(count)
         rows = rows[np.isin(self._side.views.owners[rows], documents)]
         return self._some(params, rows, store="float32", quiet=True)
