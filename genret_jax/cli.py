@@ -170,10 +170,9 @@ def ablate(arguments: argparse.Namespace) -> int:
     from genret_jax.ablation import FILES
     from genret_jax.ablation import ablate as run_ablate
 
-    out = Path(arguments.out)
     report = run_ablate(
         arguments.corpus,
-        out=out,
+        out=arguments.out,
         variants=arguments.variants,
         docids=arguments.docids,
         seeds=arguments.seeds,
@@ -183,21 +182,15 @@ def ablate(arguments: argparse.Namespace) -> int:
         gin_files=arguments.gin_file,
         bindings=arguments.gin,
     )
-    written = [str(out / name) for name in FILES]
-    text = f"{report.markdown()}\nwritten: {', '.join(written)}"
-    _print(arguments, {"out": str(out), **report.to_dict(), "written": written}, text)
-    for name, reason in report.failures.items():
-        print(f"genret: {name} failed: {reason}", file=sys.stderr)
-    return 1 if report.failures else 0
+    return _report(arguments, report, FILES)
 
 
 def compare(arguments: argparse.Namespace) -> int:
     from genret_jax.comparison.run import compare_methods
 
-    out = Path(arguments.out)
     report = compare_methods(
         arguments.corpus,
-        out=out,
+        out=arguments.out,
         methods=arguments.methods,
         seeds=arguments.seeds,
         splits=arguments.splits,
@@ -206,9 +199,14 @@ def compare(arguments: argparse.Namespace) -> int:
         gin_files=arguments.gin_file,
         bindings=arguments.gin,
     )
-    written = [str(out / name) for name in report.files]
+    return _report(arguments, report, report.files)
+
+
+def _report(arguments: argparse.Namespace, report: Any, files: Sequence[str]) -> int:
+    """Prints what a comparison or an ablation found, and where it is; 1 where a part failed."""
+    written = [str(Path(arguments.out) / name) for name in files]
     text = f"{report.markdown()}\nwritten: {', '.join(written)}"
-    _print(arguments, {"out": str(out), **report.to_dict(), "written": written}, text)
+    _print(arguments, {"out": arguments.out, **report.to_dict(), "written": written}, text)
     for name, reason in report.failures.items():
         print(f"genret: {name} failed: {reason}", file=sys.stderr)
     return 1 if report.failures else 0

@@ -251,7 +251,8 @@ def claim(out: Path, recipe: Recipe, digest: str) -> None:
                 "or delete the folder"
             )
         return
-    if out.is_dir() and not made and any(p != mark for p in out.iterdir()):
+    # A name with a dot is what a killed process had not yet put into its place.
+    if out.is_dir() and not made and any(p != mark and p.name[0] != "." for p in out.iterdir()):
         raise UserError(f"{out}: exists and is not a run of genret_jax; choose another --out")
     with replace_on_success(mark) as temporary:
         temporary.write_text(json.dumps({"run": digest, "recipe": recipe.to_dict()}, indent=1))

@@ -57,12 +57,25 @@ def _scatter(report: Report, cost: str, label: str) -> Any:
             )
             axes.annotate(row.name, (x, y), xytext=(7, 4), textcoords="offset points", fontsize=8.5)
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
         axes.set(xlabel=label, ylabel=LABEL, title=f"{split}: {report.queries[split]} queries")
         axes.set_ylim(bottom=0)
-        axes.margins(x=0.15)
+        axes.margins(x=0.25)  # room for the names
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
+    _legend(figure, {row.entry.group for rows in report.tables.values() for row in _measured(rows)})
     return figure
+
+
+def _legend(figure: Any, groups: set[str]) -> None:
+    from matplotlib.lines import Line2D
+
+    handles = [
+        Line2D([], [], color=_COLOURS[g], marker=_MARKERS[g], ls="", ms=8, label=g)
+        for g in _COLOURS
+        if g in groups
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
 
 
 def _identifiers(report: Report) -> Any:
@@ -100,17 +113,21 @@ def _bars(
     for i, (rows, colour, name) in enumerate(zip(tables, colours, names, strict=True)):
         places = np.arange(len(rows)) + (i - (len(tables) - 1) / 2) * width
         values = [row.mean[METRIC] if row.measured else 0.0 for row in rows]
-        bars = axes.bar(places, values, width * 0.92, color=colour, label=name or None)
-        texts = [f"{row.mean[METRIC]:.3f}" if row.measured else "failed" for row in rows]
-        axes.bar_label(bars, texts, fontsize=8, padding=2)
+        axes.bar(places, values, width * 0.92, color=colour, label=name or None)
         for place, row in zip(places, rows, strict=True):
             seeds = [one.metrics[METRIC] for one in row.measured]
+            text = f"{row.mean[METRIC]:.3f}" if row.measured else "failed"
+            top = (place, max(seeds, default=0.0))  # above the dots
+            axes.annotate(
+                text, top, xytext=(0, 6), textcoords="offset points", ha="center", fontsize=8
+            )
             if len(seeds) > 1:
                 dots: dict[str, Any] = {"facecolor": "white", "edgecolor": "black", "zorder": 3}
                 axes.scatter(
                     np.linspace(-0.2, 0.2, len(seeds)) * width + place, seeds, s=14, **dots
                 )
-    axes.set_xticks(range(len(labels)), labels, rotation=20 if len(labels) > 5 else 0)
+    many = {"rotation": 20, "ha": "right"} if len(labels) > 5 else {}
+    axes.set_xticks(range(len(labels)), labels, **many)
     axes.margins(y=0.18)
     axes.spines[["top", "right"]].set_visible(False)
 

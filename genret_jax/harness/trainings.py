@@ -32,7 +32,7 @@ class Trainings:
 
         Args:
           folder: of the training.
-          share: of the time of a whole run.
+          share: of the time of a whole run; 0 for what takes none of the budget.
           fit: trains it.
         """
         if _done(folder):
@@ -46,8 +46,9 @@ class Trainings:
         except Exception as error:
             self._failed[folder] = reason(error)
             raise
-        self._spent += time.monotonic() - began
-        self._trained += share
+        if share:
+            self._spent += time.monotonic() - began
+            self._trained += share
 
     def opened(self, folder: Path) -> Opened:
         """What a training made; the one before is closed, so that no two take memory."""
