@@ -42,7 +42,7 @@ from genret_jax.training.trainer import Evaluate, TrainResult, train
 from genret_jax.vectors import DocumentVectors
 
 _DEV_DEPTH = 100
-_MOST_VIEWS = 16_000  # of all documents together, for mining and dev: encoding is what takes time
+_MOST_VIEWS = 32_000  # of all documents together, for mining and dev: encoding is what takes time
 
 
 @dataclasses.dataclass(frozen=True)
