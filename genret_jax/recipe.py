@@ -195,6 +195,11 @@ class ContrastiveConfig:
     def wanted(self) -> bool:
         return self.prefix > 0 or self.retrieval > 0
 
+    def train_config(self, config: TrainConfig) -> TrainConfig:
+        """How to train this stage: `config` with what is said here."""
+        names = ("steps", "batch_size", "learning_rate", "warmup_steps", "evaluations")
+        return dataclasses.replace(config, **{name: getattr(self, name) for name in names})
+
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
@@ -243,6 +248,21 @@ def sizes() -> list[str]:
     return sorted(p.stem for p in (gin_folder() / "models").glob("*.gin"))
 
 
+def configured(method: str = "gin") -> Recipe:
+    """The recipe that gin's present configuration describes, for programs that T5X starts.
+
+    Args:
+      method: its name, for messages and reports.
+
+    Raises:
+      UserError: for a value of the wrong type or range.
+    """
+    parts = {name: make() for name, make in _CONFIGURABLE.items()}
+    for part in parts.values():
+        _check(part)
+    return Recipe(method=method, **parts)
+
+
 def load_recipe(
     method: str,
     *,
@@ -276,16 +296,13 @@ def load_recipe(
         for file in files:
             gin.parse_config_file(str(file))
         gin.parse_config(list(bindings))
-        parts = {name: make() for name, make in _CONFIGURABLE.items()}
+        return configured(method)
     except (ValueError, SyntaxError, TypeError, AttributeError, OSError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise UserError(f"recipe of method {method}: {lines[0] if lines else error!r}") from None
     finally:
         logging.disable(logging.NOTSET)
         gin.clear_config()
-    for part in parts.values():
-        _check(part)
-    return Recipe(method=method, **parts)
 
 
 # Fields that are shares, and fields that count something and may be 0.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,12 @@ from genret_jax.data.contrastive_tasks import ContrastiveFeatureConverter
 from genret_jax.errors import UserError
 from genret_jax.indexing import build_index
 from genret_jax.negatives import Negatives
-from genret_jax.recipe import ContrastiveConfig, DocidConfig, VocabularyConfig
+from genret_jax.recipe import (
+    ContrastiveConfig,
+    DocidConfig,
+    VocabularyConfig,
+    load_recipe,
+)
 from tasks.folder import register_folder, register_folder_contrastive, vocabulary
 from tasks.squad import corpus_of
 
@@ -54,7 +60,8 @@ def test_folder_tasks_give_t5x_batches(folders):
 
 def _contrastive(folders, **more):
     config = ContrastiveConfig(prefix_negatives=1, retrieved_negatives=2, document_length=16)
-    registered = register_folder_contrastive(*folders, contrastive=config, **more)
+    recipe = dataclasses.replace(load_recipe("dogr"), contrastive=config)
+    registered = register_folder_contrastive(*folders, recipe=recipe, **more)
     dataset = seqio.get_dataset(
         registered.mixture,
         registered.lengths,

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import seqio
@@ -89,8 +90,15 @@ def add_task(
     preprocessors: list[Callable],
     features: Mapping[str, seqio.Feature],
     size: int,
+    **more: Any,
 ) -> None:
-    """Registers a task of so many examples; replaces an earlier one."""
+    """Registers a task of so many examples; replaces an earlier one.
+
+    Args:
+      name, source, preprocessors, features: of `seqio.TaskRegistry.add`.
+      size: examples.
+      **more: what else that takes, such as metric_fns.
+    """
     seqio.TaskRegistry.remove(name)
     seqio.TaskRegistry.add(
         name,
@@ -99,6 +107,7 @@ def add_task(
         output_features=features,
         # SeqIO repeats before it shuffles: a larger buffer would be filled by repetitions.
         shuffle_buffer_size=min(max(size, 1), _SHUFFLE_BUFFER),
+        **more,
     )
 
 

@@ -30,6 +30,18 @@ _MOST_PIECES = 400_000  # of documents, read before training begins: two minutes
 _TASKS = "genret"
 
 
+def retrieval_model(recipe: Recipe, index: Index) -> RetrievalModel:
+    """The model that a recipe describes, over the vocabulary of an index."""
+    second = recipe.contrastive
+    config = dataclasses.replace(
+        recipe.network.t5(index.vocabulary.size),
+        learned_temperature=second.wanted and second.learned_temperature,
+    )
+    return RetrievalModel(
+        config, index.vocabulary.docids, vector=second.vector, **dataclasses.asdict(recipe.loss)
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Materials:
     """A corpus made ready for training.
@@ -61,18 +73,7 @@ class Materials:
 
     @functools.cached_property
     def model(self) -> RetrievalModel:
-        recipe = self.recipe
-        config = dataclasses.replace(
-            recipe.network.t5(self.index.vocabulary.size),
-            learned_temperature=recipe.contrastive.wanted
-            and recipe.contrastive.learned_temperature,
-        )
-        return RetrievalModel(
-            config,
-            self.index.vocabulary.docids,
-            vector=recipe.contrastive.vector,
-            **dataclasses.asdict(recipe.loss),
-        )
+        return retrieval_model(self.recipe, self.index)
 
     def ranker(self, fusion: Fusion | None = None) -> Ranker:
         return Ranker(
@@ -91,20 +92,23 @@ class Materials:
         return tuple(dict.fromkeys((*_DEV_METRICS, self.recipe.train.metric)))
 
     @functools.cached_property
+    def task_settings(self) -> dict[str, float]:
+        """What the recipe says of the tasks that both stages have; see `data.tasks.register`."""
+        data = self.recipe.data
+        return {
+            "indexing_share": self.examples.indexing_share(data.indexing_share),
+            "title_share": data.title_share,
+            "frame_share": data.frame_share,
+            "word_dropout": data.word_dropout,
+        }
+
+    @functools.cached_property
     def pools(self) -> list[Pool]:
         """The tasks of the mixture, read into memory."""
-        data, examples = self.recipe.data, self.examples
-        share = examples.indexing_share(data.indexing_share)
-        log.info("%d train pairs; %.0f %% indexing examples", len(examples.queries), 100 * share)
-        register(
-            _TASKS,
-            examples,
-            SeqioVocabulary(self.index.vocabulary),
-            indexing_share=share,
-            title_share=data.title_share,
-            frame_share=data.frame_share,
-            word_dropout=data.word_dropout,
-        )
+        data, examples, settings = self.recipe.data, self.examples, self.task_settings
+        share = 100 * settings["indexing_share"]
+        log.info("%d train pairs; %.0f %% indexing examples", len(examples.queries), share)
+        register(_TASKS, examples, SeqioVocabulary(self.index.vocabulary), **settings)
         most = max(1, _MOST_PIECES // len(self.documents))
         return materialise(
             _TASKS,

@@ -25,11 +25,12 @@ def train_docids(materials: Materials, folder: Path, clock: Clock) -> TrainResul
         folder=folder,
         evaluate=_dev_evaluation(materials),
         clock=clock,
-        start=_start(materials),
+        start=lexical(materials),
     )
 
 
-def _start(materials: Materials) -> Callable[[Params], Params] | None:
+def lexical(materials: Materials) -> Callable[[Params], Params] | None:
+    """The lexical start, where the recipe wants it: fresh parameters -> those to begin with."""
     config, model = materials.recipe.train, materials.model
     if config.start == "random":
         return None

@@ -27,7 +27,7 @@ from genret_jax.docids.features import unit_length
 from genret_jax.errors import UserError
 from genret_jax.evaluation import evaluate
 from genret_jax.modeling.contrastive import JointWeights
-from genret_jax.modeling.model import Params
+from genret_jax.modeling.model import Params, RetrievalModel
 from genret_jax.modeling.ranking_model import RankingModel
 from genret_jax.negatives import (
     Negatives,
@@ -37,7 +37,7 @@ from genret_jax.negatives import (
     prefix_negatives,
 )
 from genret_jax.ranking import Ranker, with_similarity
-from genret_jax.recipe import ContrastiveConfig, TrainConfig
+from genret_jax.recipe import ContrastiveConfig
 from genret_jax.scoring import SCORINGS, Candidates, Fusion, fit_fusion, run_of_candidates
 from genret_jax.stages.common import DEV_BEAM, Materials
 from genret_jax.training.budget import Clock
@@ -81,11 +81,11 @@ def train_ranking(materials: Materials, params: Params, folder: Path, clock: Clo
       clock: of the whole run.
     """
     config = materials.recipe.contrastive
-    miner = _Miner(materials, folder / "negatives", clock)
+    miner = Miner(materials, folder / "negatives", clock)
     docids = materials.index.vocabulary.docids
     side = DocumentSide.of(materials.examples, miner.positives, docids, config)
     negatives = miner.negatives(0, params)
-    counts = _negatives_an_example(config, negatives)
+    counts = negatives_an_example(config, bool((np.asarray(negatives.prefix) >= 0).any()))
     batches = ContrastiveBatches(
         materials.batches(
             [with_documents(p, materials.examples, miner.positives) for p in materials.pools],
@@ -112,9 +112,9 @@ def train_ranking(materials: Materials, params: Params, folder: Path, clock: Clo
                 clock.reserve,
             )
     result = train(
-        ranking_model(materials, prefix_negatives=counts[0]),
+        ranking_model(config, materials.model, prefix_negatives=counts[0]),
         batches,
-        config=_train_config(materials.recipe.train, config),
+        config=config.train_config(materials.recipe.train),
         folder=folder,
         evaluate=_dev_evaluation(materials, encoder),
         clock=clock,
@@ -136,10 +136,18 @@ def train_ranking(materials: Materials, params: Params, folder: Path, clock: Clo
     return SecondStage(result, vectors, fusion, report)
 
 
-def _negatives_an_example(config: ContrastiveConfig, negatives: Negatives) -> tuple[int, int]:
-    """How many of each kind; 0 of a kind that has no weight, or that no document has."""
+def negatives_an_example(config: ContrastiveConfig, some_share: bool) -> tuple[int, int]:
+    """How many of each kind; 0 of a kind that has no weight, or that no document has.
+
+    Args:
+      config: of the stage.
+      some_share: whether any two docids share a prefix.
+
+    Raises:
+      UserError: there is nothing to contrast.
+    """
     prefix = config.prefix_negatives if config.prefix else 0
-    if prefix and not (np.asarray(negatives.prefix) >= 0).any():
+    if prefix and not some_share:
         log.info("no two docids share a prefix: stage 2 goes without prefix negatives")
         prefix = 0
     if not prefix and not config.retrieval:
@@ -150,11 +158,12 @@ def _negatives_an_example(config: ContrastiveConfig, negatives: Negatives) -> tu
     return prefix, config.retrieved_negatives if config.retrieval else 0
 
 
-def ranking_model(materials: Materials, *, prefix_negatives: int) -> RankingModel:
+def ranking_model(
+    config: ContrastiveConfig, model: RetrievalModel, *, prefix_negatives: int
+) -> RankingModel:
     """The model of stage 2 as the recipe wants it, for so many prefix negatives an example."""
-    config = materials.recipe.contrastive
     return RankingModel(
-        materials.model,
+        model,
         JointWeights(config.generation, config.prefix, config.retrieval),
         similarity=config.similarity,  # type: ignore[arg-type]
         temperature=config.temperature,
@@ -164,16 +173,11 @@ def ranking_model(materials: Materials, *, prefix_negatives: int) -> RankingMode
     )
 
 
-def _train_config(config: TrainConfig, second: ContrastiveConfig) -> TrainConfig:
-    names = ("steps", "batch_size", "learning_rate", "warmup_steps", "evaluations")
-    return dataclasses.replace(config, **{name: getattr(second, name) for name in names})
-
-
-class _Miner:
+class Miner:
     """Negatives of this corpus by given parameters, kept in a folder."""
 
-    def __init__(self, materials: Materials, folder: Path, clock: Clock):
-        self._materials, self._folder, self._clock = materials, folder, clock
+    def __init__(self, materials: Materials, folder: Path, clock: Clock | None = None):
+        self._materials, self._folder, self._clock = materials, folder, clock or Clock(None)
         self.positives = known_positives(materials.split.pairs)
         self.questions = Questions.of(self.positives, materials.documents)
 
@@ -225,7 +229,8 @@ class _Miner:
         return out
 
     def _digest(self) -> str:
-        about = [self._materials.recipe.to_dict(), self._materials.index.about["fingerprint"]]
+        recipe = {**self._materials.recipe.to_dict(), "method": ""}  # by whatever name
+        about = [recipe, self._materials.index.about["fingerprint"]]
         return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
     def _search(self, params: Params) -> Any:
