@@ -76,6 +76,16 @@ def _print(arguments: argparse.Namespace, value: dict[str, Any], text: str) -> N
 
 
 def fit(arguments: argparse.Namespace) -> None:
+    from genret_jax.training import processes
+
+    processes.start(
+        coordinator=arguments.coordinator,
+        processes=arguments.processes,
+        process=arguments.process,
+    )
+    if not processes.is_first():
+        log.setLevel(logging.WARNING)
+
     from genret_jax.fit import fit as run_fit
 
     retriever = run_fit(
@@ -86,6 +96,8 @@ def fit(arguments: argparse.Namespace) -> None:
         started=arguments.started,
         stage=arguments.stage,
     )
+    if not processes.is_first():
+        return
     about = retriever.about
     dev = ", ".join(f"{name} {value:.3f}" for name, value in about["dev"].items())
     _print(
@@ -298,6 +310,7 @@ def _parser() -> argparse.ArgumentParser:
         "--stage", type=int, help="1: docids alone; 2: go on from there (default: all)"
     )
     _add_recipe_options(command)
+    _add_process_options(command)
 
     command = verb(search, "search a retriever", 'genret search runs/mine "who fixes lifts?" -k 5')
     command.add_argument("run_folder", metavar="RUN", help="folder of a fit, or a retriever folder")
@@ -365,6 +378,23 @@ def _add_recipe_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--method", default="dogr", help="what to train (default dogr)")
     command.add_argument("--docids", help="kind of identifiers, instead of the method's own")
     _add_gin_options(command)
+
+
+def _add_process_options(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group(
+        "several processes", "the same command for each; --out on a file system that all see"
+    )
+    group.add_argument(
+        "--coordinator", metavar="HOST:PORT", help="of process 0 (or JAX_COORDINATOR_ADDRESS)"
+    )
+    group.add_argument(
+        "--processes",
+        metavar="N",
+        help="how many, or auto: ask the cluster (or JAX_NUM_PROCESSES)",
+    )
+    group.add_argument(
+        "--process", type=int, metavar="I", help="which one, from 0 (or JAX_PROCESS_ID)"
+    )
 
 
 def _add_ablate_options(command: argparse.ArgumentParser) -> None:

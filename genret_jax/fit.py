@@ -25,13 +25,14 @@ import jax
 from genret_jax.corpus import Corpus, read_corpus
 from genret_jax.errors import UserError
 from genret_jax.files import replace_on_success
-from genret_jax.indexing import build_index, documents_digest
+from genret_jax.indexing import Index, build_index, documents_digest
 from genret_jax.recipe import Recipe
 from genret_jax.retriever import Retriever, find_retriever, write_retriever
 from genret_jax.splitting import Split, split_corpus
 from genret_jax.stages.common import DEV_BEAM, Materials
 from genret_jax.stages.first import train_docids
 from genret_jax.stages.second import SecondStage, train_ranking
+from genret_jax.training import processes
 from genret_jax.training.budget import Clock
 from genret_jax.training.trainer import TrainResult
 
@@ -65,6 +66,9 @@ def fit(
         taken, and only stage 2 is trained here. Its recipe may differ in ContrastiveConfig alone;
         its time counts as this run's.
 
+    Several processes that joined (`genret_jax.training.processes.start`) train together when each
+    of them makes the same call; `out` is on a file system that all see, and the first one writes.
+
     Returns:
       The retriever with the parameters that were best on dev.
 
@@ -73,12 +77,12 @@ def fit(
       Interrupted: after SIGTERM or Ctrl-C, once a checkpoint is written.
     """
     _check(recipe, minutes, stage)
-    out, home = Path(out), Path(stage_one or out)
+    out, home, given = Path(out), Path(stage_one or out), corpus
     clock = Clock(minutes * 60 if minutes else None, started=started, reserve=_RESERVE_SECONDS)
-    path, corpus = _read(corpus)
+    path, corpus = processes.everywhere(lambda: _read(given))
     split = split_corpus(corpus, recipe.data, seed=recipe.train.seed)
     begun = _stage_one(home, recipe, corpus, split, stage) if stage_one else None
-    _claim(out, recipe, corpus, split, begun)
+    _claim(out, recipe, _identity_of_run(recipe, corpus, split, begun))
     last = stage or (2 if recipe.contrastive.wanted else 1)
     there = _stage_of(out)
     if stage == 2 and there == 1 and not begun and not (out / "training" / "checkpoints").is_dir():
@@ -103,7 +107,7 @@ def fit(
             clock.seconds = minutes * 60
         if stage == 2 and not begun:  # the budget is this stage's alone
             clock.resume(0.0)
-        if clock.seconds and clock.elapsed > clock.seconds - clock.reserve:
+        if clock.seconds and processes.broadcast(clock.elapsed) > clock.seconds - clock.reserve:
             raise UserError(
                 f"{out}: stage 1 has used {clock.elapsed / 60:.1f} of {minutes:g} minutes, and "
                 "nothing is left for stage 2; raise --minutes, or give --stage 2"
@@ -111,16 +115,21 @@ def fit(
         second = train_ranking(materials, first.params, out / "ranking", clock)
     about = _about(materials, corpus, path, first, second)
     about["training"]["seconds"] = round(clock.elapsed, 1)
-    write_retriever(
-        (second.result if second else first).params,
-        about,
-        index_folder=home / "index",
-        folder=out / "retriever",
-        vectors=second.vectors if second else None,
-    )
-    curves = out / ("ranking" if second else "training") / "curves.png"
-    if curves.exists():
-        shutil.copyfile(curves, out / "curves.png")
+
+    def write() -> None:
+        write_retriever(
+            (second.result if second else first).params,
+            about,
+            index_folder=home / "index",
+            folder=out / "retriever",
+            vectors=second.vectors if second else None,
+        )
+        curves = out / ("ranking" if second else "training") / "curves.png"
+        if curves.exists():
+            shutil.copyfile(curves, out / "curves.png")
+
+    processes.on_first(write)
+    processes.see(out / "retriever" / "retriever.json")
     return Retriever.load(find_retriever(out))
 
 
@@ -134,10 +143,10 @@ def _check(recipe: Recipe, minutes: float | None, stage: int | None) -> None:
             f"method {recipe.method} has one stage; choose dogr, or give "
             "ContrastiveConfig.retrieval a weight above 0"
         )
-    if jax.process_count() > 1:
+    if processes.count() > 1 and not jax.distributed.is_initialized():
         raise UserError(
-            f"{jax.process_count()} processes were started, but `genret fit` runs in one; "
-            "start it once, with all devices of the machine"
+            f"{processes.count()} processes see one another's devices but have not joined; start "
+            "each with --processes auto, or call jax.distributed.initialize() first"
         )
 
 
@@ -212,38 +221,55 @@ def _identity(recipe: dict[str, Any], corpus: Corpus, split: Split, *more: str) 
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _claim(
-    out: Path, recipe: Recipe, corpus: Corpus, split: Split, begun: _StageOne | None
-) -> None:
+def _identity_of_run(
+    recipe: Recipe, corpus: Corpus, split: Split, begun: _StageOne | None
+) -> str:
+    """Of a run's recipe and corpus, which all processes must have been given alike."""
+    digest = _identity(recipe.to_dict(), corpus, split, *([begun.digest] if begun else []))
+    if len(set(processes.gather(digest))) > 1:
+        raise UserError(
+            "the processes were given different recipes or corpora; start all with one command"
+        )
+    return digest
+
+
+def _claim(out: Path, recipe: Recipe, digest: str) -> None:
     """Marks the folder as this run's, or finds that it is.
 
     A time budget is not part of a run's identity: it may be raised when it goes on.
     """
-    digest = _identity(recipe.to_dict(), corpus, split, *([begun.digest] if begun else []))
-    mark = out / "run.json"
-    made = any((out / name).exists() for name in ("index", "training", "ranking", "retriever"))
-    if mark.is_file() and made:
-        if json.loads(mark.read_text()).get("run") != digest:
-            raise UserError(
-                f"{out}: holds a run of another recipe or corpus; choose another --out, "
-                "or delete the folder"
-            )
-        return
-    if out.is_dir() and not made and any(p != mark for p in out.iterdir()):
-        raise UserError(f"{out}: exists and is not a run of genret_jax; choose another --out")
-    with replace_on_success(mark) as temporary:
-        temporary.write_text(json.dumps({"run": digest, "recipe": recipe.to_dict()}, indent=1))
+
+    def claim() -> None:
+        mark = out / "run.json"
+        made = any((out / name).exists() for name in ("index", "training", "ranking", "retriever"))
+        if mark.is_file() and made:
+            if json.loads(mark.read_text()).get("run") != digest:
+                raise UserError(
+                    f"{out}: holds a run of another recipe or corpus; choose another --out, "
+                    "or delete the folder"
+                )
+            return
+        if out.is_dir() and not made and any(p != mark for p in out.iterdir()):
+            raise UserError(f"{out}: exists and is not a run of genret_jax; choose another --out")
+        with replace_on_success(mark) as temporary:
+            temporary.write_text(json.dumps({"run": digest, "recipe": recipe.to_dict()}, indent=1))
+
+    processes.on_first(claim)
+    processes.see(out / "run.json")
 
 
 def _materials(corpus: Corpus, split: Split, recipe: Recipe, folder: Path) -> Materials:
-    index = build_index(
-        corpus,
-        folder,
-        docids=recipe.docids,
-        vocabulary=recipe.vocabulary,
-        pairs=split.pairs,
-        seed=recipe.train.seed,
-    )
+    def build() -> Index:
+        return build_index(
+            corpus,
+            folder,
+            docids=recipe.docids,
+            vocabulary=recipe.vocabulary,
+            pairs=split.pairs,
+            seed=recipe.train.seed,
+        )
+
+    index = processes.first_then_others(build, sees=folder / "index.json")
     return Materials(corpus.documents, split, index, recipe)
 
 

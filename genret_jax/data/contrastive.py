@@ -139,24 +139,26 @@ class ContrastiveBatches:
         self._seed = seed
 
     def __getitem__(self, n: int) -> Arrays:
-        batch = self._batches[n]
         rng = np.random.default_rng([self._seed, _SEED, n])
-        return self._complete(batch, rng)
+        return self._complete(self._batches.whole(n), rng, self._batches.rows)
 
     def shapes(self) -> list[Arrays]:
         """An empty batch of every shape there is: what to compile for."""
-        return [self._complete(batch, np.random.default_rng(0)) for batch in self._batches.shapes()]
+        rng, everything = np.random.default_rng(0), slice(None)
+        return [self._complete(batch, rng, everything) for batch in self._batches.shapes()]
 
-    def _complete(self, batch: Arrays, rng: np.random.Generator) -> Arrays:
-        batch = dict(batch)
-        question = batch.pop("question_index")
-        document = batch["document_index"]
+    def _complete(self, batch: Arrays, rng: np.random.Generator, rows: slice) -> Arrays:
+        """Draws for all rows, so that any number of processes draws the same; gives some of them."""
+        question, document = batch["question_index"], batch["document_index"]
         prefix = draw(self.negatives.prefix[document], self._counts[0], rng)
         retrieved = draw(self.negatives.retrieved[question], self._counts[1], rng)
         negative = np.concatenate([prefix, retrieved], axis=1).astype(np.int32)
         views = self._side.views
         everyone = np.concatenate([document[:, None], negative], axis=1)
-        tokens = views.tokens[views.draw(everyone, question[:, None], rng)]
+        drawn = views.draw(everyone, question[:, None], rng)
+        batch = {name: array[rows] for name, array in batch.items()}
+        question, document, negative = batch.pop("question_index"), document[rows], negative[rows]
+        tokens = views.tokens[drawn[rows]]
         return {
             **batch,
             "relevant_index": self._questions.relevant[question],

@@ -7,7 +7,6 @@ import functools
 import logging
 from collections.abc import Sequence
 
-import jax
 import numpy as np
 
 from genret_jax.corpus import Document
@@ -22,6 +21,7 @@ from genret_jax.ranking import Ranker
 from genret_jax.recipe import Recipe
 from genret_jax.scoring import Fusion
 from genret_jax.splitting import Split
+from genret_jax.training import partitioning
 
 log = logging.getLogger(__name__)
 DEV_BEAM = 10
@@ -122,10 +122,11 @@ class Materials:
 
     def batches(self, pools: Sequence[Pool], *, batch_size: int) -> Batches:
         used = np.concatenate([(p.arrays["encoder_input_tokens"] > 0).sum(1) for p in pools])
+        mesh = partitioning.make_mesh(model_parallel=self.recipe.train.model_parallel)
         return Batches(
             pools,
             batch_size=batch_size,
             seed=self.recipe.train.seed,
             buckets=length_buckets(used, self.input_length),
-            shard=(jax.process_index(), jax.process_count()),
+            shard=partitioning.share_of_batch(mesh),
         )

@@ -10,6 +10,7 @@ from genret_jax.evaluation import evaluate
 from genret_jax.modeling.model import Params
 from genret_jax.scoring import run_of_candidates
 from genret_jax.stages.common import DEV_BEAM, Materials
+from genret_jax.training import processes
 from genret_jax.training.budget import Clock
 from genret_jax.training.lexical_start import lexical_start
 from genret_jax.training.trainer import Evaluate, TrainResult, train
@@ -51,7 +52,10 @@ def _dev_evaluation(materials: Materials) -> Evaluate | None:
     ranker = materials.ranker()
 
     def run(params: Params) -> dict[str, float]:
-        found = dict(zip(names, ranker.candidates(params, texts, beam=DEV_BEAM), strict=True))
+        reached = processes.spread(
+            lambda some: ranker.candidates(params, some, beam=DEV_BEAM), texts
+        )
+        found = dict(zip(names, reached, strict=True))
         scores = run_of_candidates(
             found, ranker.fusion, materials.document_ids, scoring="generation"
         )

@@ -40,6 +40,7 @@ from genret_jax.ranking import Ranker, with_similarity
 from genret_jax.recipe import ContrastiveConfig
 from genret_jax.scoring import SCORINGS, Candidates, Fusion, fit_fusion, run_of_candidates
 from genret_jax.stages.common import DEV_BEAM, Materials
+from genret_jax.training import processes
 from genret_jax.training.budget import Clock
 from genret_jax.training.trainer import TrainResult, train
 from genret_jax.vectors import DocumentVectors
@@ -205,7 +206,8 @@ class Miner:
             source=config.source,
             depth=depth,
         )
-        made.save(folder)
+        processes.on_first(lambda: made.save(folder))
+        processes.see(folder / "negatives.json")
         return Negatives.load(folder)
 
     def _retrieved(self, params: Params, rng: np.random.Generator) -> np.ndarray:
@@ -219,13 +221,17 @@ class Miner:
         end = clock.elapsed + _MINING_SHARE * ((clock.seconds or 0.0) - clock.elapsed)
         order = rng.permutation(len(questions.texts))
         out = np.empty((len(order), max(config.mined, config.retrieved_negatives)), np.int32)
-        out[order] = mine(
-            self._search(params),
-            [questions.texts[i] for i in order],
-            questions.relevant[order],
-            count=out.shape[1],
-            keep_going=(lambda: clock.elapsed < end) if clock.seconds else None,
-        )
+
+        def mined(some: list[int]) -> np.ndarray:
+            return mine(
+                self._search(params),
+                [questions.texts[i] for i in some],
+                questions.relevant[some],
+                count=out.shape[1],
+                keep_going=(lambda: clock.elapsed < end) if clock.seconds else None,
+            )
+
+        out[order] = processes.spread(mined, order.tolist())
         return out
 
     def _digest(self) -> str:
@@ -256,10 +262,11 @@ class DocumentEncoder:
         self._side, self._store = side, config.store
         self._cosine = config.similarity == "cosine"
         self._encode = jax.jit(materials.model.vectors)
+        self._embed = materials.model.config.embed_dim
         self._used = -(-(side.views.tokens > 0).sum(1) // 8) * 8
 
     def all(self, params: Params) -> DocumentVectors:
-        """Vectors as they are kept with the retriever."""
+        """Vectors as they are kept with the retriever; each process encodes its share."""
         everything = np.arange(len(self._side.views.tokens))
         return self._some(params, everything, store=self._store, quiet=False)
 
@@ -280,7 +287,8 @@ class DocumentEncoder:
             self._batch(on_device, batch, self._side.views.tokens.shape[1])
             times.append(time.monotonic() - begin)
         views, width = self._side.views.tokens.shape
-        return float(times[-1] * self._used.mean() / width * views / _ENCODE)
+        batches = views / _ENCODE / processes.count()
+        return float(times[-1] * self._used.mean() / width * batches)
 
     def _batch(self, params: Params, rows: np.ndarray, width: int) -> np.ndarray:
         padded = np.resize(rows, _ENCODE)
@@ -292,20 +300,25 @@ class DocumentEncoder:
         self, params: Params, rows: np.ndarray, *, store: str, quiet: bool
     ) -> DocumentVectors:
         on_device, used = jax.device_put(params), self._used[rows]
+        parts = [  # short views do not pay for long ones
+            alike[start : start + _ENCODE]
+            for width in np.unique(used)
+            for alike in [np.flatnonzero(used == width)]
+            for start in range(0, len(alike), _ENCODE)
+        ]
         bounds = self._side.views.bounds_of(rows)
-        made: DocumentVectors | None = None
-        with tqdm(total=len(rows), unit="view", desc="encoding", disable=quiet or None) as bar:
-            for width in np.unique(used).tolist():  # short views do not pay for long ones
-                alike = np.flatnonzero(used == width)
-                for start in range(0, len(alike), _ENCODE):
-                    part = alike[start : start + _ENCODE]
-                    vectors = self._batch(on_device, rows[part], width)
-                    vectors = unit_length(vectors) if self._cosine else vectors
-                    some = DocumentVectors.of(vectors, bounds, store=store)
-                    made = made or some.empty(len(rows))
-                    made.put(part, some)
-                    bar.update(len(part))
-        assert made is not None, "every document has a view"
+        nothing = np.zeros((0, self._embed), np.float32)
+        made = DocumentVectors.of(nothing, bounds, store=store).empty(len(rows))
+
+        hide = quiet or None  # None: where stderr is no terminal
+
+        def encode(some: list[np.ndarray]) -> None:
+            for part in tqdm(some, unit_scale=_ENCODE, unit="view", desc="encoding", disable=hide):
+                vectors = self._batch(on_device, rows[part], int(used[part[0]]))
+                vectors = unit_length(vectors) if self._cosine else vectors
+                made.put(part, DocumentVectors.of(vectors, bounds, store=store))
+
+        processes.fill(encode, parts, read=made.take, write=made.put)
         return made
 
 
@@ -314,7 +327,9 @@ def _dev_candidates(
 ) -> dict[str, Candidates]:
     queries = materials.split.dev_queries
     beam = min(beam, len(materials.index.trie.rows))
-    found = ranker.candidates(params, list(queries.values()), beam=beam)
+    found = processes.spread(
+        lambda some: ranker.candidates(params, some, beam=beam), list(queries.values())
+    )
     return dict(zip(queries, found, strict=True))
 
 

@@ -23,7 +23,7 @@ from genret_jax.data.batches import Arrays
 from genret_jax.errors import UserError
 from genret_jax.modeling.model import Batch, Params
 from genret_jax.recipe import TrainConfig
-from genret_jax.training import partitioning
+from genret_jax.training import partitioning, processes
 from genret_jax.training.budget import Clock, Plan
 from genret_jax.training.checkpoints import Checkpoints
 from genret_jax.training.interruption import Interruption
@@ -99,7 +99,8 @@ def train(
       batches: batch number n for any n.
       config: see TrainConfig.
       folder: of checkpoints and metrics.
-      evaluate: parameters -> dev metrics, with `config.metric` among them.
+      evaluate: parameters -> dev metrics, with `config.metric` among them; the same in every
+        process. The parameters lie on the process's own devices.
       clock: a time budget; by default the run has `config.steps`.
       mesh: all devices by default.
       start: fresh parameters -> those to begin with, on the host; the fresh ones by default. Not
@@ -125,38 +126,40 @@ def train(
         Checkpoints(folder / "checkpoints", every=config.checkpoint_every) as checkpoints,
         Interruption() as interruption,
     ):
-        if checkpoints.latest_step is not None:
+        if _agreed(checkpoints.latest_step, folder) is not None:
             state, plan = _restore(checkpoints, state)
             clock.resume(plan.elapsed)
             if clock.seconds is None and plan.total == 0:  # stopped before its budget was planned
                 plan.total = max(config.steps, plan.step + 1)
             log.info("going on from step %d of %d", plan.step, plan.total)
         elif start:
-            state = stepper.begin_with(state, start(jax.device_get(state.params)))
+            fresh = partitioning.on_host(state.params)
+            state = stepper.begin_with(state, processes.everywhere(lambda: start(fresh)))
         journal = Journal(folder, after_step=plan.step)
         if not plan.done:
             stepper.compile(state, batches)
         loop = _Loop(stepper, batches, config, clock, journal, checkpoints, evaluate)
         if evaluate and not plan.done:
-            evaluate(state.params)  # compiles, so that the first timed evaluation does not
+            evaluate(partitioning.on_own_devices(state.params))  # compiles, so that the first timed evaluation does not
         if plan.step == 0:
             loop.evaluate(state, plan)
         if refresh and plan.step >= refresh_every and not plan.done:
-            refresh(plan.step // refresh_every * refresh_every, state.params)
+            own = partitioning.on_own_devices(state.params)
+            refresh(plan.step // refresh_every * refresh_every, own)
         with tqdm(initial=plan.step, unit="step", desc="training", disable=None) as bar:
             loop.begin_timing()  # of steps alone: compiling and the first evaluation are over
             while not plan.done:
                 if refresh and plan.step and plan.step % refresh_every == 0:
-                    loop.pause(refresh, plan.step, state.params)
+                    loop.pause(refresh, plan.step, partitioning.on_own_devices(state.params))
                 state = loop.once(state, plan, bar)
-                if interruption.requested and not plan.done:
+                if interruption.asked():
                     loop.save(state, plan, force=True)
                     interruption.stop(f"training stopped at step {plan.step}")
         loop.save(state, plan, force=True)
         journal.close()
         if checkpoints.best_step is None:
             checkpoints.save_best(plan.step, state.params)
-        params = jax.device_get(checkpoints.restore_best(state.params))
+        params = partitioning.on_host(checkpoints.restore_best(state.params))
         found = checkpoints.best_step
         best_step = plan.step if found is None else found  # 0 is a step too
         return TrainResult(params, best_step, journal.dev_at(best_step), plan.step)
@@ -185,12 +188,16 @@ class Stepper:
         )
         params = jax.jit(lambda r: self._model.init(r)[0], out_shardings=params_sharding)(rng)
         opt_state = jax.jit(self._optimizer.init, out_shardings=opt_sharding)(params)
-        step = jax.device_put(jnp.zeros((), jnp.int32), partitioning.replicated(self.mesh))
+        step = partitioning.put(np.int32(0), partitioning.replicated(self.mesh))
         return TrainState(params, opt_state, step)
 
     def begin_with(self, state: TrainState, params: Params) -> TrainState:
-        """The state with other parameters, in the shardings of its own."""
-        put = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), params, state.params)
+        """The state with other parameters, on the host, in the shardings of its own.
+
+        Those of the first process count: the last bits of others' may differ.
+        """
+        shardings = jax.tree.map(lambda x: x.sharding, state.params)
+        put = partitioning.put(processes.broadcast_arrays(params), shardings)
         shardings = jax.tree.map(lambda x: x.sharding, state.opt_state)
         opt_state = jax.jit(self._optimizer.init, out_shardings=shardings)(put)
         return dataclasses.replace(state, params=put, opt_state=opt_state)
@@ -258,7 +265,9 @@ class _Loop:
         bar.update()
         self._pending.append(metrics)
         # A run with a time budget has no plan before its first measurement: make that early.
-        measured = plan.total == 0 and time.monotonic() - self._since > _MEASURE_SECONDS
+        measured = plan.total == 0 and processes.broadcast(
+            time.monotonic() - self._since > _MEASURE_SECONDS
+        )
         if plan.step % config.log_every == 0 or plan.done or measured:
             self._log(plan, rate, bar)
         parts = config.evaluations
@@ -284,6 +293,8 @@ class _Loop:
             self._clock.plan(
                 plan, step_seconds=seconds, other_seconds=evaluations * self._evaluation_seconds
             )
+            if self._clock.seconds:
+                plan.total = processes.broadcast(plan.total)  # by the clock of the first process
         bar.total = plan.total or None
         bar.set_postfix(loss=f"{means['loss']:.3f}", refresh=False)
         speed = {
@@ -300,7 +311,7 @@ class _Loop:
         if self._evaluate is None:
             return
         begin = time.monotonic()
-        dev = self._evaluate(state.params)
+        dev = processes.broadcast(self._evaluate(partitioning.on_own_devices(state.params)))
         self._journal.write("dev", plan, dev)
         if dev[self._config.metric] > plan.best:
             plan.best = np.float32(dev[self._config.metric])
@@ -327,7 +338,7 @@ class _Loop:
 
     def save(self, state: TrainState, plan: Plan, *, force: bool = False) -> None:
         if force or self._checkpoints.should_save(plan.step):
-            plan.elapsed = np.float32(self._clock.elapsed)
+            plan.elapsed = processes.broadcast(np.float32(self._clock.elapsed))
             self._checkpoints.save(plan.step, _saved(state, plan), force=force)
 
 
@@ -341,8 +352,19 @@ def _saved(state: TrainState, plan: Plan) -> dict[str, Any]:
     }
     return {
         "state": state,
-        "plan": {k: jax.device_put(jnp.asarray(v), sharding) for k, v in counters.items()},
+        "plan": {k: partitioning.put(v, sharding) for k, v in counters.items()},
     }
+
+
+def _agreed(step: int | None, folder: Path) -> int | None:
+    """The step that training goes on from, which all processes must see alike."""
+    steps = processes.gather(step)
+    if len(set(steps)) > 1:
+        raise UserError(
+            f"{folder}: the processes see checkpoints of different steps {steps}; give an --out "
+            "on a file system that all of them share"
+        )
+    return step
 
 
 def _restore(checkpoints: Checkpoints, like: TrainState) -> tuple[TrainState, Plan]:
