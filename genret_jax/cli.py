@@ -95,6 +95,7 @@ def fit(arguments: argparse.Namespace) -> None:
         minutes=arguments.minutes,
         started=arguments.started,
         stage=arguments.stage,
+        from_t5x=arguments.from_t5x,
     )
     if not processes.is_first():
         return
@@ -308,6 +309,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--minutes", type=float, help="end within so many minutes, all included")
     command.add_argument(
         "--stage", type=int, help="1: docids alone; 2: go on from there (default: all)"
+    )
+    command.add_argument(
+        "--from-t5x",
+        metavar="MODEL_DIR",
+        help="take this stage's parameters from T5X's training instead of training it here",
     )
     _add_recipe_options(command)
     _add_process_options(command)

@@ -26,12 +26,14 @@ from genret_jax.corpus import Corpus, read_corpus
 from genret_jax.errors import UserError
 from genret_jax.files import replace_on_success
 from genret_jax.indexing import Index, build_index, documents_digest
+from genret_jax.modeling.model import Params
 from genret_jax.recipe import Recipe
 from genret_jax.retriever import Retriever, find_retriever, write_retriever
 from genret_jax.splitting import Split, split_corpus
 from genret_jax.stages.common import DEV_BEAM, Materials
-from genret_jax.stages.first import train_docids
-from genret_jax.stages.second import SecondStage, train_ranking
+from genret_jax.stages.first import take_docids, train_docids
+from genret_jax.stages.second import SecondStage, take_ranking, train_ranking
+from genret_jax.t5x import checkpoint
 from genret_jax.training import processes
 from genret_jax.training.budget import Clock
 from genret_jax.training.trainer import TrainResult
@@ -50,6 +52,7 @@ def fit(
     started: float | None = None,
     stage: int | None = None,
     stage_one: str | Path | None = None,
+    from_t5x: str | Path | None = None,
 ) -> Retriever:
     """Trains a retriever over a corpus, or goes on where an interrupted run stopped.
 
@@ -65,6 +68,8 @@ def fit(
       stage_one: folder of another run whose retriever is of stage 1: its index and parameters are
         taken, and only stage 2 is trained here. Its recipe may differ in ContrastiveConfig alone;
         its time counts as this run's.
+      from_t5x: MODEL_DIR of T5X, or a checkpoint in it: the stage's parameters are taken from
+        there instead of trained. The recipe must be that of T5X's gin files.
 
     Several processes that joined (`genret_jax.training.processes.start`) train together when each
     of them makes the same call; `out` is on a file system that all see, and the first one writes.
@@ -76,7 +81,7 @@ def fit(
       UserError: for a mistake in the corpus or the recipe, or a folder of another run.
       Interrupted: after SIGTERM or Ctrl-C, once a checkpoint is written.
     """
-    _check(recipe, minutes, stage)
+    _check(recipe, minutes, stage, from_t5x)
     out, home, given = Path(out), Path(stage_one or out), corpus
     clock = Clock(minutes * 60 if minutes else None, started=started, reserve=_RESERVE_SECONDS)
     path, corpus = processes.everywhere(lambda: _read(given))
@@ -85,22 +90,25 @@ def fit(
     _claim(out, recipe, _identity_of_run(recipe, corpus, split, begun))
     last = stage or (2 if recipe.contrastive.wanted else 1)
     there = _stage_of(out)
-    if stage == 2 and there == 1 and not begun and not (out / "training" / "checkpoints").is_dir():
-        raise UserError(
-            f"{out}: the checkpoints of stage 1 are gone, and stage 2 begins with them; fit again "
-            "with another --out"
-        )
     if there >= last:
         log.info("%s: already fitted", out)
         return Retriever.load(out)
     if stage == 2 and there < 1 and not begun:
         raise UserError(f"{out}: stage 1 is not done here; run `genret fit` with --stage 1 first")
+    if there == 1 and not begun and not (out / "training" / "checkpoints").is_dir():
+        begun = _stage_one(out, recipe, corpus, split, stage)  # trained elsewhere, or tidied up
     materials = _materials(corpus, split, recipe, home / "index")
+    taken = from_t5x and _of_t5x(materials, from_t5x)
     if clock.seconds and last == 2 and stage is None:
         clock.seconds *= 1 - recipe.contrastive.share
     if begun:
         clock.resume(begun.seconds)
-    first = begun.result if begun else train_docids(materials, out / "training", clock)
+    if begun:
+        first = begun.result
+    elif taken and last == 1:
+        first = take_docids(materials, *taken)
+    else:
+        first = train_docids(materials, out / "training", clock)
     second = None
     if last == 2:
         if minutes:
@@ -112,7 +120,10 @@ def fit(
                 f"{out}: stage 1 has used {clock.elapsed / 60:.1f} of {minutes:g} minutes, and "
                 "nothing is left for stage 2; raise --minutes, or give --stage 2"
             )
-        second = train_ranking(materials, first.params, out / "ranking", clock)
+        if taken:
+            second = take_ranking(materials, *taken)
+        else:
+            second = train_ranking(materials, first.params, out / "ranking", clock)
     about = _about(materials, corpus, path, first, second)
     about["training"]["seconds"] = round(clock.elapsed, 1)
 
@@ -133,7 +144,18 @@ def fit(
     return Retriever.load(find_retriever(out))
 
 
-def _check(recipe: Recipe, minutes: float | None, stage: int | None) -> None:
+def _of_t5x(materials: Materials, folder: str | Path) -> tuple[Params, int]:
+    """Parameters of a checkpoint of T5X, and its step."""
+    found = checkpoint.latest(folder)
+    like, _ = jax.eval_shape(lambda rng: (materials.model.init(rng)[0], 0), jax.random.key(0))
+    return checkpoint.load_params(found, like), checkpoint.step_of(found)
+
+
+def _check(
+    recipe: Recipe, minutes: float | None, stage: int | None, from_t5x: str | Path | None
+) -> None:
+    if from_t5x and stage is None:
+        raise UserError("--from-t5x takes one stage; give --stage 1 or --stage 2")
     if minutes is not None and not 0 < minutes < float("inf"):
         raise UserError(f"minutes must be a number above 0, found {minutes}")
     if stage is not None and stage not in STAGES:
@@ -221,9 +243,7 @@ def _identity(recipe: dict[str, Any], corpus: Corpus, split: Split, *more: str) 
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _identity_of_run(
-    recipe: Recipe, corpus: Corpus, split: Split, begun: _StageOne | None
-) -> str:
+def _identity_of_run(recipe: Recipe, corpus: Corpus, split: Split, begun: _StageOne | None) -> str:
     """Of a run's recipe and corpus, which all processes must have been given alike."""
     digest = _identity(recipe.to_dict(), corpus, split, *([begun.digest] if begun else []))
     if len(set(processes.gather(digest))) > 1:

@@ -15,11 +15,8 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
 import gin
-import jax
-from jax.experimental import multihost_utils
 
 from genret_jax.corpus import read_corpus
 from genret_jax.data.query_tasks import register_queries
@@ -31,10 +28,10 @@ from genret_jax.splitting import split_corpus
 from genret_jax.stages.common import Materials
 from genret_jax.stages.first import lexical
 from genret_jax.stages.second import negatives_an_example
+from genret_jax.training import processes
 from tasks.folder import Registered, register_contrastive_materials, register_materials
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +128,12 @@ def _materials(key: str) -> Materials:
             seed=recipe.train.seed,
         )
 
-    return Materials(read.documents, split, _first_alone(made), recipe)
+    return Materials(
+        read.documents,
+        split,
+        processes.first_then_others(made, sees=Path(place.run) / "index" / "index.json"),
+        recipe,
+    )
 
 
 @functools.cache
@@ -149,16 +151,8 @@ def _ranking(key: str) -> Registered:
             made, Path(_place().run), name=f"{_name(key)}_ranking", counts=counts
         )
 
-    return _first_alone(registered)
-
-
-def _first_alone(make: Callable[[], T]) -> T:
-    """What `make` finds or makes on disk: the first process before the others."""
-    if jax.process_count() == 1:
-        return make()
-    made = make() if jax.process_index() == 0 else None
-    multihost_utils.sync_global_devices("made by the first process")
-    return made or make()
+    mined = Path(_place().run) / "ranking" / "negatives" / "0" / "negatives.json"
+    return processes.first_then_others(registered, sees=mined)
 
 
 def _name(key: str) -> str:

@@ -20,7 +20,7 @@ ROOMS = """
     docids trie vocabularies decoding
     modeling scoring ranking vectors
     recipe splitting indexing negatives data training
-    weights retriever stages fit ablation quickstart
+    weights retriever stages t5x fit ablation quickstart
     __init__ cli __main__
 """.split()  # noqa: SIM905
 
@@ -29,7 +29,7 @@ ROOMS = """
 SHORTCUTS = {("retriever", "fit")}
 
 # Rooms that may import TensorFlow or SeqIO by name.
-TENSORFLOW_ROOMS = {"data"}
+TENSORFLOW_ROOMS = {"data", "t5x"}
 
 # What search loads, and what it must not: these cost seconds of start-up, or are not needed there.
 SEARCH_MODULES = [

@@ -30,6 +30,12 @@ def train_docids(materials: Materials, folder: Path, clock: Clock) -> TrainResul
     )
 
 
+def take_docids(materials: Materials, params: Params, step: int) -> TrainResult:
+    """What `train_docids` makes, of parameters that were trained elsewhere, at `step`."""
+    evaluate = _dev_evaluation(materials)
+    return TrainResult(params, step, evaluate(params) if evaluate else {}, step)
+
+
 def lexical(materials: Materials) -> Callable[[Params], Params] | None:
     """The lexical start, where the recipe wants it: fresh parameters -> those to begin with."""
     config, model = materials.recipe.train, materials.model

@@ -123,13 +123,32 @@ def train_ranking(materials: Materials, params: Params, folder: Path, clock: Clo
         refresh=refresh if config.refresh_every else None,
         refresh_every=config.refresh_every,
     )
+    return _finished(materials, encoder, result, {"negatives": batches.negatives.report()})
+
+
+def take_ranking(materials: Materials, params: Params, step: int) -> SecondStage:
+    """What `train_ranking` makes, of parameters that were trained elsewhere, at `step`."""
+    positives = known_positives(materials.split.pairs)
+    docids = materials.index.vocabulary.docids
+    config = materials.recipe.contrastive
+    encoder = DocumentEncoder(
+        materials, DocumentSide.of(materials.examples, positives, docids, config)
+    )
+    evaluate = _dev_evaluation(materials, encoder)
+    result = TrainResult(params, step, evaluate(params) if evaluate else {}, step)
+    return _finished(materials, encoder, result, {})
+
+
+def _finished(
+    materials: Materials, encoder: DocumentEncoder, result: TrainResult, report: dict[str, Any]
+) -> SecondStage:
+    """Vectors and fusion for the parameters that training chose; `report` goes on with them."""
     vectors = encoder.all(result.params)
     fusion, curve = _fit_fusion(materials, result.params, vectors)
-    report = {
-        "negatives": batches.negatives.report(),
+    report |= {
         "fusion": {**dataclasses.asdict(fusion), "dev": curve},
         "vectors": {
-            "store": config.store,
+            "store": materials.recipe.contrastive.store,
             "views": int(vectors.bounds[-1, 0]),
             "bytes": vectors.num_bytes,
         },

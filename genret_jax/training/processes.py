@@ -61,7 +61,9 @@ def start(
     coordinator = coordinator or environment.get("JAX_COORDINATOR_ADDRESS") or None
     processes = processes if processes is not None else environment.get("JAX_NUM_PROCESSES")
     number = process if process is not None else environment.get("JAX_PROCESS_ID")
-    if processes == AUTO or (processes is None and coordinator is None and _in_cluster(environment)):
+    if processes == AUTO or (
+        processes is None and coordinator is None and _in_cluster(environment)
+    ):
         _initialize(coordinator_address=coordinator)
         return
     given = {"coordinator": coordinator, "processes": processes, "process": number}
