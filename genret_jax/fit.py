@@ -221,9 +221,7 @@ def _identity(recipe: dict[str, Any], corpus: Corpus, split: Split, *more: str) 
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _identity_of_run(
-    recipe: Recipe, corpus: Corpus, split: Split, begun: _StageOne | None
-) -> str:
+def _identity_of_run(recipe: Recipe, corpus: Corpus, split: Split, begun: _StageOne | None) -> str:
     """Of a run's recipe and corpus, which all processes must have been given alike."""
     digest = _identity(recipe.to_dict(), corpus, split, *([begun.digest] if begun else []))
     if len(set(processes.gather(digest))) > 1:

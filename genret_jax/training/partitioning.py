@@ -127,9 +127,7 @@ def share_of_rows(owners: Int[np.ndarray, "data model"], process: int) -> tuple[
     Raises:
       UserError: where two processes share some of their rows only.
     """
-    rows = {
-        p: tuple(np.flatnonzero((owners == p).any(axis=1)).tolist()) for p in np.unique(owners)
-    }
+    rows = {p: tuple(np.flatnonzero((owners == p).any(axis=1)).tolist()) for p in np.unique(owners)}
     shares = sorted(set(rows.values()))
     if sum(map(len, shares)) != len(owners) or len(set(map(len, shares))) != 1:
         raise UserError(

@@ -61,7 +61,8 @@ def start(
     coordinator = coordinator or environment.get("JAX_COORDINATOR_ADDRESS") or None
     processes = processes if processes is not None else environment.get("JAX_NUM_PROCESSES")
     number = process if process is not None else environment.get("JAX_PROCESS_ID")
-    if processes == AUTO or (processes is None and coordinator is None and _in_cluster(environment)):
+    nothing = processes is None and coordinator is None and number is None
+    if processes == AUTO or (nothing and _in_cluster(environment)):
         _initialize(coordinator_address=coordinator)
         return
     given = {"coordinator": coordinator, "processes": processes, "process": number}
@@ -93,6 +94,8 @@ def _in_cluster(environment: Mapping[str, str]) -> bool:
     if all(name in environment for name in slurm) and environment.get("SLURM_NTASKS", "1") != "1":
         return True
     if environment.get("OMPI_COMM_WORLD_SIZE", "1") != "1":
+        return True
+    if environment.get("MEGASCALE_NUM_SLICES", "1") != "1":
         return True
     return "," in environment.get("TPU_WORKER_HOSTNAMES", "")
 

@@ -140,7 +140,8 @@ def train(
             stepper.compile(state, batches)
         loop = _Loop(stepper, batches, config, clock, journal, checkpoints, evaluate)
         if evaluate and not plan.done:
-            evaluate(partitioning.on_own_devices(state.params))  # compiles, so that the first timed evaluation does not
+            # Compiles, so that the first timed evaluation does not.
+            evaluate(partitioning.on_own_devices(state.params))
         if plan.step == 0:
             loop.evaluate(state, plan)
         if refresh and plan.step >= refresh_every and not plan.done:
