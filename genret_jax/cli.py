@@ -95,6 +95,8 @@ def fit(arguments: argparse.Namespace) -> None:
         minutes=arguments.minutes,
         started=arguments.started,
         stage=arguments.stage,
+        profile=arguments.profile,
+        peak_flops=arguments.peak_flops,
     )
     if not processes.is_first():
         return
@@ -308,6 +310,14 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--minutes", type=float, help="end within so many minutes, all included")
     command.add_argument(
         "--stage", type=int, help="1: docids alone; 2: go on from there (default: all)"
+    )
+    command.add_argument(
+        "--profile", action="store_true", help="trace a few steps of each stage to RUN/profile"
+    )
+    command.add_argument(
+        "--peak-flops",
+        type=float,
+        help="FLOP/s of a device, for its utilisation in metrics.jsonl (default: of its kind)",
     )
     _add_recipe_options(command)
     _add_process_options(command)

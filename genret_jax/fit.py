@@ -5,6 +5,7 @@ RUN/
   training/    stage 1: checkpoints, metrics.jsonl, curves.png, TensorBoard events
   ranking/     stage 2, where the method has one: the same, and the negatives
   curves.png   the picture of the last stage, where a person looks first
+  profile/     traces for xprof, where they were asked for
   retriever/   the result, complete in itself; the others can be deleted once it is there
 
 A run that begins with stage 1 of another run has neither index/ nor training/ of its own.
@@ -34,6 +35,7 @@ from genret_jax.stages.first import train_docids
 from genret_jax.stages.second import SecondStage, train_ranking
 from genret_jax.training import processes
 from genret_jax.training.budget import Clock
+from genret_jax.training.profiling import Measuring
 from genret_jax.training.trainer import TrainResult
 
 log = logging.getLogger(__name__)
@@ -50,6 +52,8 @@ def fit(
     started: float | None = None,
     stage: int | None = None,
     stage_one: str | Path | None = None,
+    profile: bool = False,
+    peak_flops: float | None = None,
 ) -> Retriever:
     """Trains a retriever over a corpus, or goes on where an interrupted run stopped.
 
@@ -65,6 +69,9 @@ def fit(
       stage_one: folder of another run whose retriever is of stage 1: its index and parameters are
         taken, and only stage 2 is trained here. Its recipe may differ in ContrastiveConfig alone;
         its time counts as this run's.
+      profile: writes a trace of a few steps of every stage to profile/, for xprof.
+      peak_flops: FLOP/s of one device, by which the utilisation in metrics.jsonl is measured; by
+        default what is known of its kind.
 
     Several processes that joined (`genret_jax.training.processes.start`) train together when each
     of them makes the same call; `out` is on a file system that all see, and the first one writes.
@@ -76,7 +83,7 @@ def fit(
       UserError: for a mistake in the corpus or the recipe, or a folder of another run.
       Interrupted: after SIGTERM or Ctrl-C, once a checkpoint is written.
     """
-    _check(recipe, minutes, stage)
+    _check(recipe, minutes, stage, peak_flops)
     out, home, given = Path(out), Path(stage_one or out), corpus
     clock = Clock(minutes * 60 if minutes else None, started=started, reserve=_RESERVE_SECONDS)
     path, corpus = processes.everywhere(lambda: _read(given))
@@ -95,7 +102,8 @@ def fit(
         return Retriever.load(out)
     if stage == 2 and there < 1 and not begun:
         raise UserError(f"{out}: stage 1 is not done here; run `genret fit` with --stage 1 first")
-    materials = _materials(corpus, split, recipe, home / "index")
+    measuring = Measuring(out / "profile" if profile else None, peak_flops)
+    materials = _materials(corpus, split, recipe, home / "index", measuring)
     if clock.seconds and last == 2 and stage is None:
         clock.seconds *= 1 - recipe.contrastive.share
     if begun:
@@ -133,7 +141,11 @@ def fit(
     return Retriever.load(find_retriever(out))
 
 
-def _check(recipe: Recipe, minutes: float | None, stage: int | None) -> None:
+def _check(
+    recipe: Recipe, minutes: float | None, stage: int | None, peak_flops: float | None
+) -> None:
+    if peak_flops is not None and not 0 < peak_flops < float("inf"):
+        raise UserError(f"peak_flops must be a number above 0, such as 197e12, found {peak_flops}")
     if minutes is not None and not 0 < minutes < float("inf"):
         raise UserError(f"minutes must be a number above 0, found {minutes}")
     if stage is not None and stage not in STAGES:
@@ -256,7 +268,9 @@ def _claim(out: Path, recipe: Recipe, digest: str) -> None:
     processes.see(out / "run.json")
 
 
-def _materials(corpus: Corpus, split: Split, recipe: Recipe, folder: Path) -> Materials:
+def _materials(
+    corpus: Corpus, split: Split, recipe: Recipe, folder: Path, measuring: Measuring
+) -> Materials:
     def build() -> Index:
         return build_index(
             corpus,
@@ -268,7 +282,7 @@ def _materials(corpus: Corpus, split: Split, recipe: Recipe, folder: Path) -> Ma
         )
 
     index = processes.first_then_others(build, sees=folder / "index.json")
-    return Materials(corpus.documents, split, index, recipe)
+    return Materials(corpus.documents, split, index, recipe, measuring)
 
 
 def _about(
