@@ -36,12 +36,15 @@ BINDINGS = (
 OPTIONS = [part for binding in BINDINGS for part in ("--gin", binding)]
 
 # Each process fits with the command line: SIGTERM reaches one of them in stage 1, the same command
-# goes on, and in stage 2 both are killed.
+# goes on, and in stage 2 both are killed. In between, what they tell one another is looked at.
 WORKER = """
 import os, signal, sys, time
+import numpy as np
+from genret_jax import UserError
 from genret_jax.cli import main
 from genret_jax.data.batches import Batches
 from genret_jax.data.contrastive import ContrastiveBatches
+from genret_jax.training import processes
 
 arguments, index = sys.argv[1:], int(sys.argv[-1])
 plain, plain_2, sent = Batches.__getitem__, ContrastiveBatches.__getitem__, []
@@ -57,10 +60,45 @@ def item_2(self, n):
         os.kill(os.getpid(), signal.SIGKILL)
     return plain_2(self, n)
 
+def fail(message):
+    raise UserError(message)
+
+def error_of(work):
+    try:
+        work()
+    except UserError as error:
+        return str(error)
+
+def talk():
+    processes._BLOCK = 4096  # several blocks, the last of them shorter
+    assert processes.gather("x" * (9000 * index)) == ["", "x" * 9000]
+    assert processes.broadcast(index + 5) == 5
+    for n in (0, 1, 5):
+        assert processes.spread(lambda some: [x * x for x in some], range(n)) == [
+            x * x for x in range(n)
+        ]
+    table, parts = np.zeros(5), [np.array([4, 0]), np.array([1]), np.array([2, 3])]
+    def work(mine):
+        for part in mine:
+            table[part] = 10 * part + index
+    processes.fill(work, parts, read=table.__getitem__, write=table.__setitem__)
+    assert table.tolist() == [0, 11, 20, 30, 40], table
+    arrays = processes.broadcast_arrays({"a": np.full(3, index + 1, np.float32)})
+    assert arrays["a"].tolist() == [1, 1, 1]
+    whose = error_of(lambda: processes.everywhere(lambda: index == 1 and fail("no")))
+    assert whose == ("no" if index == 1 else "process 1: no"), whose
+    ran = []
+    assert processes.on_first(lambda: ran.append(1) or "first") == "first"
+    assert ran == [1] * (1 - index)
+    assert error_of(lambda: processes.on_first(lambda: fail("no"))) == (
+        "process 0: no" if index else "no"
+    )
+
 Batches.__getitem__, ContrastiveBatches.__getitem__, stopped = item, item_2, []
 code = main(arguments)
 print("stopped with", code, flush=True)
 assert code == 128 + signal.SIGTERM, code
+talk()
 stopped.append(code)
 main(arguments)
 """
@@ -76,7 +114,12 @@ def _pair(command, arguments):
     """Two processes of one device each; their exit codes and what they printed."""
     port = _free_port()
     flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
-    environment = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": flags,
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",  # the second pair compiles nothing
+    }
     common = ["--coordinator", f"127.0.0.1:{port}", "--processes", "2", "--process"]
     started = [
         subprocess.Popen(

@@ -13,7 +13,7 @@ import itertools
 import os
 import pickle
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -172,7 +172,7 @@ def broadcast_arrays(tree: T) -> T:
     return multihost_utils.broadcast_one_to_all(tree)
 
 
-def spread(work: Callable[[list[A]], Sequence[T]], items: Sequence[A]) -> list[T]:
+def spread(work: Callable[[list[A]], Iterable[T]], items: Sequence[A]) -> list[T]:
     """`work(items)`, each process doing its share.
 
     Args:
@@ -256,7 +256,7 @@ def first_then_others(work: Callable[[], T], *, sees: Path) -> T:
     _raise([broadcast(None if error is None else _Failure.of(error))], error)
     see(sees)
     if is_first():
-        return everywhere(lambda: value)  # type: ignore[arg-type, return-value]
+        return everywhere(lambda: value)  # type: ignore[return-value]
     return everywhere(work)
 
 
