@@ -96,6 +96,8 @@ def fit(arguments: argparse.Namespace) -> None:
         started=arguments.started,
         stage=arguments.stage,
         from_t5x=arguments.from_t5x,
+        profile=arguments.profile,
+        peak_flops=arguments.peak_flops,
     )
     if not processes.is_first():
         return
@@ -314,6 +316,14 @@ def _parser() -> argparse.ArgumentParser:
         "--from-t5x",
         metavar="MODEL_DIR",
         help="take this stage's parameters from T5X's training instead of training it here",
+    )
+    command.add_argument(
+        "--profile", action="store_true", help="trace a few steps of each stage to RUN/profile"
+    )
+    command.add_argument(
+        "--peak-flops",
+        type=float,
+        help="FLOP/s of a device, for its utilisation in metrics.jsonl (default: of its kind)",
     )
     _add_recipe_options(command)
     _add_process_options(command)

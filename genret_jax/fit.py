@@ -5,6 +5,7 @@ RUN/
   training/    stage 1: checkpoints, metrics.jsonl, curves.png, TensorBoard events
   ranking/     stage 2, where the method has one: the same, and the negatives
   curves.png   the picture of the last stage, where a person looks first
+  profile/     traces for xprof, where they were asked for
   retriever/   the result, complete in itself; the others can be deleted once it is there
 
 A run that begins with stage 1 of another run has neither index/ nor training/ of its own.
@@ -36,6 +37,7 @@ from genret_jax.stages.second import SecondStage, take_ranking, train_ranking
 from genret_jax.t5x import checkpoint
 from genret_jax.training import processes
 from genret_jax.training.budget import Clock
+from genret_jax.training.profiling import Measuring
 from genret_jax.training.trainer import TrainResult
 
 log = logging.getLogger(__name__)
@@ -53,6 +55,8 @@ def fit(
     stage: int | None = None,
     stage_one: str | Path | None = None,
     from_t5x: str | Path | None = None,
+    profile: bool = False,
+    peak_flops: float | None = None,
 ) -> Retriever:
     """Trains a retriever over a corpus, or goes on where an interrupted run stopped.
 
@@ -70,6 +74,9 @@ def fit(
         its time counts as this run's.
       from_t5x: MODEL_DIR of T5X, or a checkpoint in it: the stage's parameters are taken from
         there instead of trained. The recipe must be that of T5X's gin files.
+      profile: writes a trace of a few steps of every stage to profile/, for xprof.
+      peak_flops: FLOP/s of one device, by which the utilisation in metrics.jsonl is measured; by
+        default what is known of its kind.
 
     Several processes that joined (`genret_jax.training.processes.start`) train together when each
     of them makes the same call; `out` is on a file system that all see, and the first one writes.
@@ -81,7 +88,7 @@ def fit(
       UserError: for a mistake in the corpus or the recipe, or a folder of another run.
       Interrupted: after SIGTERM or Ctrl-C, once a checkpoint is written.
     """
-    _check(recipe, minutes, stage, from_t5x)
+    _check(recipe, minutes, stage, from_t5x, peak_flops)
     out, home, given = Path(out), Path(stage_one or out), corpus
     clock = Clock(minutes * 60 if minutes else None, started=started, reserve=_RESERVE_SECONDS)
     path, corpus = processes.everywhere(lambda: _read(given))
@@ -97,7 +104,8 @@ def fit(
         raise UserError(f"{out}: stage 1 is not done here; run `genret fit` with --stage 1 first")
     if there == 1 and not begun and not (out / "training" / "checkpoints").is_dir():
         begun = _stage_one(out, recipe, corpus, split, stage)  # trained elsewhere, or tidied up
-    materials = _materials(corpus, split, recipe, home / "index")
+    measuring = Measuring(out / "profile" if profile else None, peak_flops)
+    materials = _materials(corpus, split, recipe, home / "index", measuring)
     taken = from_t5x and _of_t5x(materials, from_t5x)
     if clock.seconds and last == 2 and stage is None:
         clock.seconds *= 1 - recipe.contrastive.share
@@ -152,10 +160,16 @@ def _of_t5x(materials: Materials, folder: str | Path) -> tuple[Params, int]:
 
 
 def _check(
-    recipe: Recipe, minutes: float | None, stage: int | None, from_t5x: str | Path | None
+    recipe: Recipe,
+    minutes: float | None,
+    stage: int | None,
+    from_t5x: str | Path | None,
+    peak_flops: float | None,
 ) -> None:
     if from_t5x and stage is None:
         raise UserError("--from-t5x takes one stage; give --stage 1 or --stage 2")
+    if peak_flops is not None and not 0 < peak_flops < float("inf"):
+        raise UserError(f"peak_flops must be a number above 0, such as 197e12, found {peak_flops}")
     if minutes is not None and not 0 < minutes < float("inf"):
         raise UserError(f"minutes must be a number above 0, found {minutes}")
     if stage is not None and stage not in STAGES:
@@ -278,7 +292,9 @@ def _claim(out: Path, recipe: Recipe, digest: str) -> None:
     processes.see(out / "run.json")
 
 
-def _materials(corpus: Corpus, split: Split, recipe: Recipe, folder: Path) -> Materials:
+def _materials(
+    corpus: Corpus, split: Split, recipe: Recipe, folder: Path, measuring: Measuring
+) -> Materials:
     def build() -> Index:
         return build_index(
             corpus,
@@ -290,7 +306,7 @@ def _materials(corpus: Corpus, split: Split, recipe: Recipe, folder: Path) -> Ma
         )
 
     index = processes.first_then_others(build, sees=folder / "index.json")
-    return Materials(corpus.documents, split, index, recipe)
+    return Materials(corpus.documents, split, index, recipe, measuring)
 
 
 def _about(

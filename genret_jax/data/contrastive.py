@@ -148,7 +148,7 @@ class ContrastiveBatches:
         return [self._complete(batch, rng, everything) for batch in self._batches.shapes()]
 
     def _complete(self, batch: Arrays, rng: np.random.Generator, rows: slice) -> Arrays:
-        """Draws for all rows, so that any number of processes draws the same; gives some."""
+        """Draws for all rows, as any number of processes does alike, and gives some of them."""
         question, document = batch["question_index"], batch["document_index"]
         prefix = draw(self.negatives.prefix[document], self._counts[0], rng)
         retrieved = draw(self.negatives.retrieved[question], self._counts[1], rng)

@@ -22,6 +22,7 @@ from genret_jax.recipe import Recipe
 from genret_jax.scoring import Fusion
 from genret_jax.splitting import Split
 from genret_jax.training import partitioning
+from genret_jax.training.profiling import Measuring
 
 log = logging.getLogger(__name__)
 DEV_BEAM = 10
@@ -51,12 +52,14 @@ class Materials:
       split: train pairs and dev queries.
       index: vocabulary, docids, trie.
       recipe: of the run.
+      measuring: what to measure besides the time of steps.
     """
 
     documents: Sequence[Document]
     split: Split
     index: Index
     recipe: Recipe
+    measuring: Measuring = Measuring()
 
     @functools.cached_property
     def examples(self) -> TrainingExamples:

@@ -27,6 +27,7 @@ def train_docids(materials: Materials, folder: Path, clock: Clock) -> TrainResul
         evaluate=_dev_evaluation(materials),
         clock=clock,
         start=lexical(materials),
+        measuring=materials.measuring,
     )
 
 

@@ -122,6 +122,7 @@ def train_ranking(materials: Materials, params: Params, folder: Path, clock: Clo
         start=lambda _: params,
         refresh=refresh if config.refresh_every else None,
         refresh_every=config.refresh_every,
+        measuring=materials.measuring,
     )
     return _finished(materials, encoder, result, {"negatives": batches.negatives.report()})
 

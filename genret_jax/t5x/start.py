@@ -37,7 +37,8 @@ class StartingState(utils.TrainStateInitializer):
         begun = self._start(multihost_utils.process_allgather(fresh, tiled=True))
         flat, tree = jax.tree.flatten(state.params)
         new = jax.tree.leaves(begun)
-        if jax.tree.structure(begun) != jax.tree.structure(fresh):
+        found, wanted = jax.tree.structure(begun), jax.tree.structure(fresh)
+        if found != wanted:  # type: ignore[operator]
             raise UserError("the start has other parameters than the model; give the run's recipe")
         put = [
             jax.make_array_from_callback(old.shape, old.sharding, functools.partial(_part, x))

@@ -13,7 +13,7 @@ import itertools
 import os
 import pickle
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -61,9 +61,8 @@ def start(
     coordinator = coordinator or environment.get("JAX_COORDINATOR_ADDRESS") or None
     processes = processes if processes is not None else environment.get("JAX_NUM_PROCESSES")
     number = process if process is not None else environment.get("JAX_PROCESS_ID")
-    if processes == AUTO or (
-        processes is None and coordinator is None and _in_cluster(environment)
-    ):
+    nothing = processes is None and coordinator is None and number is None
+    if processes == AUTO or (nothing and _in_cluster(environment)):
         _initialize(coordinator_address=coordinator)
         return
     given = {"coordinator": coordinator, "processes": processes, "process": number}
@@ -95,6 +94,8 @@ def _in_cluster(environment: Mapping[str, str]) -> bool:
     if all(name in environment for name in slurm) and environment.get("SLURM_NTASKS", "1") != "1":
         return True
     if environment.get("OMPI_COMM_WORLD_SIZE", "1") != "1":
+        return True
+    if environment.get("MEGASCALE_NUM_SLICES", "1") != "1":
         return True
     return "," in environment.get("TPU_WORKER_HOSTNAMES", "")
 
@@ -171,7 +172,7 @@ def broadcast_arrays(tree: T) -> T:
     return multihost_utils.broadcast_one_to_all(tree)
 
 
-def spread(work: Callable[[list[A]], Sequence[T]], items: Sequence[A]) -> list[T]:
+def spread(work: Callable[[list[A]], Iterable[T]], items: Sequence[A]) -> list[T]:
     """`work(items)`, each process doing its share.
 
     Args:
@@ -255,7 +256,7 @@ def first_then_others(work: Callable[[], T], *, sees: Path) -> T:
     _raise([broadcast(None if error is None else _Failure.of(error))], error)
     see(sees)
     if is_first():
-        return everywhere(lambda: value)  # type: ignore[arg-type, return-value]
+        return everywhere(lambda: value)  # type: ignore[return-value]
     return everywhere(work)
 
 

@@ -29,6 +29,14 @@ from genret_jax.training.checkpoints import Checkpoints
 from genret_jax.training.interruption import Interruption
 from genret_jax.training.journal import Journal
 from genret_jax.training.optimizers import learning_rate, make_optimizer, set_learning_rate
+from genret_jax.training.profiling import (
+    Measuring,
+    Tracer,
+    device_memory,
+    global_shapes,
+    tokens_of,
+    training_flops,
+)
 
 log = logging.getLogger(__name__)
 Evaluate = Callable[[Params], dict[str, float]]
@@ -91,6 +99,7 @@ def train(
     start: Callable[[Params], Params] | None = None,
     refresh: Callable[[int, Params], None] | None = None,
     refresh_every: int = 0,
+    measuring: Measuring | None = None,
 ) -> TrainResult:
     """Trains to the end of the schedule, or goes on where the run in `folder` stopped.
 
@@ -107,18 +116,19 @@ def train(
         called where a checkpoint is there.
       refresh: called with the step and the parameters before every step that `refresh_every`
         divides, 0 left out; and with the last such step where a run goes on.
+      measuring: what to measure besides the time of steps; see Measuring.
 
     Raises:
       Interrupted: after SIGTERM or Ctrl-C, once a checkpoint is written.
     """
-    clock = clock or Clock(None)
+    clock, measuring = clock or Clock(None), measuring or Measuring()
     mesh = mesh or partitioning.make_mesh(model_parallel=config.model_parallel)
     if config.batch_size % mesh.shape["data"]:
         raise UserError(
             f"TrainConfig.batch_size {config.batch_size} does not divide by the "
             f"{mesh.shape['data']} devices that share a batch; choose a multiple"
         )
-    stepper = Stepper(model, config, mesh)
+    stepper = Stepper(model, config, mesh, count_flops=measuring.peak is not None)
     state = stepper.init(jax.random.key(config.seed))
     plan = Plan(total=0 if clock.seconds else config.steps)
 
@@ -139,10 +149,10 @@ def train(
         if not plan.done:
             stepper.compile(state, batches)
         loop = _Loop(stepper, batches, config, clock, journal, checkpoints, evaluate)
+        loop.measure(measuring.peak, Tracer(measuring.traces and measuring.traces / folder.name))
         if evaluate and not plan.done:
-            evaluate(
-                partitioning.on_own_devices(state.params)
-            )  # compiles, so that the first timed evaluation does not
+            # Compiles, so that the first timed evaluation does not.
+            evaluate(partitioning.on_own_devices(state.params))
         if plan.step == 0:
             loop.evaluate(state, plan)
         if refresh and plan.step >= refresh_every and not plan.done:
@@ -157,6 +167,7 @@ def train(
                 if interruption.asked():
                     loop.save(state, plan, force=True)
                     interruption.stop(f"training stopped at step {plan.step}")
+        loop.tracer.close()
         loop.save(state, plan, force=True)
         journal.close()
         if checkpoints.best_step is None:
@@ -170,8 +181,18 @@ def train(
 class Stepper:
     """The jitted step, with parameters and optimiser state sharded over a mesh."""
 
-    def __init__(self, model: Trainable, config: TrainConfig, mesh: jax.sharding.Mesh):
+    def __init__(
+        self,
+        model: Trainable,
+        config: TrainConfig,
+        mesh: jax.sharding.Mesh,
+        *,
+        count_flops: bool = False,
+    ):
         self._model, self._config, self.mesh = model, config, mesh
+        self._count_flops = count_flops
+        self._flops: dict[tuple[int, ...], float] = {}
+        self.flops = 0.0  # model FLOPs of the steps so far, where they are counted
         self._optimizer = make_optimizer(
             config.optimizer,
             weight_decay=config.weight_decay,
@@ -212,13 +233,17 @@ class Stepper:
             arrays = partitioning.global_batch(self.mesh, batch)
             key = arrays["encoder_input_tokens"].shape
             self._compiled[key] = step.lower(state, arrays, jnp.float32(0)).compile()
+            if self._count_flops:
+                whole = global_shapes(batch, self._config.batch_size)
+                self._flops[key] = training_flops(self._model.loss_fn, state.params, whole)
 
     def __call__(
         self, state: TrainState, batch: dict[str, np.ndarray], rate: float
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         arrays = partitioning.global_batch(self.mesh, batch)
-        step = self._compiled[arrays["encoder_input_tokens"].shape]
-        return step(state, arrays, jnp.float32(rate))
+        key = arrays["encoder_input_tokens"].shape
+        self.flops += self._flops.get(key, 0.0)
+        return self._compiled[key](state, arrays, jnp.float32(rate))
 
     def _step(
         self, state: TrainState, batch: dict[str, jax.Array], rate: jax.Array
@@ -228,6 +253,7 @@ class Stepper:
         (_, metrics), grads = gradient(state.params, batch, rng)
         opt_state = set_learning_rate(state.opt_state, rate)
         updates, opt_state = self._optimizer.update(grads, opt_state, state.params)
+        metrics["tokens"] = tokens_of(batch)
         metrics["gradient_norm"] = optax.tree_utils.tree_norm(grads)
         params = optax.apply_updates(state.params, updates)
         return TrainState(params, opt_state, state.step + 1), metrics
@@ -251,7 +277,12 @@ class _Loop:
         self._evaluate = evaluate
         self._pending: list[dict[str, jax.Array]] = []
         self._evaluation_seconds = 0.0
+        self.measure(None, Tracer(None))
         self.begin_timing()
+
+    def measure(self, peak: float | None, tracer: Tracer) -> None:
+        """Sets what is measured besides time; peak: FLOP/s of a device."""
+        self._peak, self.tracer = peak, tracer
 
     def once(self, state: TrainState, plan: Plan, bar: tqdm) -> TrainState:
         config, before = self._config, plan.progress
@@ -262,7 +293,10 @@ class _Loop:
             schedule=config.schedule,
             warmup_steps=config.warmup_steps,
         )
-        state, metrics = self._stepper(state, self._batches[plan.step], rate)
+        if self.tracer.due:
+            self.pause(self.tracer.turn, state)
+        with self.tracer.step(plan.step):
+            state, metrics = self._stepper(state, self._batches[plan.step], rate)
         plan.advance()
         bar.update()
         self._pending.append(metrics)
@@ -303,7 +337,12 @@ class _Loop:
             "learning_rate": rate,
             "step_seconds": seconds,
             "examples_per_second": self._config.batch_size / seconds,
+            "tokens_per_second": means.pop("tokens") / seconds,
+            **device_memory(),
         }
+        if self._peak:
+            flops = self._stepper.flops / len(self._pending) / seconds
+            speed["flop_utilisation"] = flops / (self._peak * self._stepper.mesh.size)
         self._journal.write("train", plan, {**means, **speed})
         self._pending.clear()
         self.begin_timing()
@@ -331,6 +370,7 @@ class _Loop:
 
     def begin_timing(self) -> None:
         self._since = time.monotonic()
+        self._stepper.flops = 0.0
 
     def pause(self, work: Callable[..., None], *arguments: Any) -> None:
         """Does some other work, whose time is not the steps'."""
