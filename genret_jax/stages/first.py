@@ -8,10 +8,12 @@ from pathlib import Path
 
 from genret_jax.evaluation import evaluate
 from genret_jax.modeling.model import Params
+from genret_jax.pretrained.checkpoint import open_checkpoint
 from genret_jax.scoring import run_of_candidates
 from genret_jax.stages.common import DEV_BEAM, Materials
 from genret_jax.training.budget import Clock
 from genret_jax.training.lexical_start import lexical_start
+from genret_jax.training.pretrained_start import pretrained_start
 from genret_jax.training.trainer import Evaluate, TrainResult, train
 
 
@@ -33,6 +35,15 @@ def _start(materials: Materials) -> Callable[[Params], Params] | None:
     config, model = materials.recipe.train, materials.model
     if config.start == "random":
         return None
+    if config.start == "pretrained":
+        return functools.partial(
+            pretrained_start,
+            checkpoint=open_checkpoint(config.init),
+            config=model.config,
+            vocabulary=materials.index.vocabulary,
+            table=materials.index.table,
+            seed=config.seed,
+        )
     return functools.partial(
         lexical_start,
         examples=materials.examples,
