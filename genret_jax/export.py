@@ -50,6 +50,7 @@ def export_retriever(retriever: Retriever, folder: str | Path) -> dict[str, Any]
         tokenizer = {
             "tokenizer_class": "T5Tokenizer",
             "extra_ids": min(100, vocabulary.docids.start - vocabulary.text_size),
+            "model_max_length": int(retriever.about["input_length"]),
             "pad_token": "<pad>",
             "eos_token": "</s>",
             "unk_token": "<unk>",

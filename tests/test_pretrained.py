@@ -18,11 +18,13 @@ import jax
 import numpy as np
 import pytest
 from flax import traverse_util
+from live import LIVE
 from safetensors.numpy import load_file, save_file
 
 from genret_jax import UserError
 from genret_jax.modeling.model import RetrievalModel
 from genret_jax.modeling.network import T5, T5Config
+from genret_jax.pretrained import tensors
 from genret_jax.pretrained.checkpoint import open_checkpoint, write_checkpoint
 from genret_jax.pretrained.hub import cache_folder, find_folder
 from genret_jax.vocabularies import DocidSpace
@@ -30,10 +32,6 @@ from genret_jax.vocabularies import DocidSpace
 DATA = Path(__file__).parent / "data"
 GOLDEN = DATA / "hf"
 FAMILIES = ("t5", "t5_v1_1", "flan_t5", "mt5")
-LIVE = pytest.mark.skipif(
-    not all(importlib.util.find_spec(name) for name in ("torch", "transformers")),
-    reason="NOT compared with transformers itself: `pip install torch transformers` to do so",
-)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -118,11 +116,11 @@ def test_embeddings_may_be_tied_without_scaling_and_scaled_without_being_tied(co
     _edit(folder, tie_word_embeddings=True, scale_decoder_outputs=True)
     scaled, _ = _outputs(folder, *inputs)
     np.testing.assert_allclose(scaled, golden["logits"] * 16**-0.5, atol=2e-5)
-    tensors = load_file(folder / "model.safetensors")
-    output = tensors.pop("lm_head.weight")
+    held = load_file(folder / "model.safetensors")
+    output = held.pop("lm_head.weight")
     for stored in ("shared.weight", "decoder.embed_tokens.weight", "lm_head.weight"):
         # One tensor, under whichever name: half of a pair that is tied is often not stored.
-        rest = {k: v for k, v in tensors.items() if k != "shared.weight"}
+        rest = {k: v for k, v in held.items() if k != "shared.weight"}
         save_file({**rest, stored: output}, folder / "model.safetensors")
         _edit(folder, tie_word_embeddings=True, scale_decoder_outputs=False)
         assert not open_checkpoint(folder).config.tied_embeddings
@@ -197,7 +195,7 @@ def test_other_models_are_refused_in_one_line(copied, changes, message):
     assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_broken_folders_are_refused_in_one_line(copied, tmp_path):
+def test_broken_folders_are_refused_in_one_line(copied, tmp_path, monkeypatch):
     def refused(folder, message):
         with pytest.raises(UserError, match=message) as caught:
             open_checkpoint(folder)
@@ -212,7 +210,10 @@ def test_broken_folders_are_refused_in_one_line(copied, tmp_path):
     (folder / "model.safetensors").unlink()
     refused(folder, "no model.safetensors; put model.safetensors there")
     (folder / "pytorch_model.bin").write_bytes(b"")
-    refused(folder, "it has pytorch_model.bin: load it with transformers and save it again")
+    monkeypatch.setattr(tensors, "can_read_torch", lambda: False)
+    refused(
+        folder, "but a pytorch_model.bin, which needs torch to be read; `pip install torch`, or"
+    )
     (folder / "config.json").write_text("{")
     refused(folder, "config.json: not readable")
     (folder / "config.json").write_text("[]")
@@ -226,18 +227,18 @@ def test_broken_folders_are_refused_in_one_line(copied, tmp_path):
     (parts / "model-00003-of-00003.safetensors").unlink()
     refused(parts, "model-00003-of-00003.safetensors: is missing")
     index.write_text('{"weight_map": 3}')
-    refused(parts, "no index of safetensors files")
+    refused(parts, "no index of weights")
 
 
 def test_tensors_that_are_not_used_are_said(copied, caplog):
     folder = copied()
     unused = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
-    tensors = load_file(folder / "model.safetensors")
-    save_file({**tensors, unused: np.ones((8, 3))}, folder / "model.safetensors")
+    held = load_file(folder / "model.safetensors")
+    save_file({**held, unused: np.ones((8, 3))}, folder / "model.safetensors")
     with caplog.at_level("WARNING", logger="genret_jax"):
         open_checkpoint(folder)
         assert not caplog.records, "old files have it, and it never did anything"
-        save_file({**tensors, "head.weight": np.ones(3)}, folder / "model.safetensors")
+        save_file({**held, "head.weight": np.ones(3)}, folder / "model.safetensors")
         open_checkpoint(folder)
     assert "1 tensors are not used, the first head.weight" in caplog.text
 
@@ -297,6 +298,28 @@ def test_a_name_that_cannot_be_downloaded_says_which_files_go_where(hub, monkeyp
     monkeypatch.setitem(sys.modules, "huggingface_hub", offline)
     assert "it cannot be downloaded (no route to the hub)" in message("google/flan-t5-small")
     assert "no such folder; give one with config.json" in message("./models/flan")
+
+
+def test_weights_that_only_torch_reads_are_downloaded_where_it_is_installed(hub, monkeypatch):
+    asked, installed = [], False
+
+    def download(name, *, cache_dir, allow_patterns):
+        asked.append(list(allow_patterns))
+        folder = cache_dir / "downloaded"
+        folder.mkdir(parents=True, exist_ok=True)
+        file = "pytorch_model.bin" if allow_patterns == ["pytorch_model*"] else "config.json"
+        shutil.copyfile(GOLDEN / "t5" / "config.json", folder / file)
+        return str(folder)
+
+    module = types.SimpleNamespace(snapshot_download=download)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", module)
+    monkeypatch.setattr("genret_jax.pretrained.hub.can_read_torch", lambda: installed)
+    with pytest.raises(UserError, match="the hub has no model.safetensors of it .other weights"):
+        find_folder("google/t5-v1_1-small")
+    assert len(asked) == 1, "what cannot be read is not downloaded"
+    installed = True
+    assert find_folder("google/t5-v1_1-small") == hub / "downloaded"
+    assert asked[2:] == [["pytorch_model*"]]
 
 
 def _no_network(*args, **options):
@@ -368,3 +391,37 @@ def test_live_the_golden_files_are_what_transformers_says(family):
     model = AutoModelForSeq2SeqLM.from_pretrained(GOLDEN / family, dtype="float32").eval()
     found, _ = _maker().outputs(model, golden["encoder_tokens"], golden["decoder_tokens"])
     np.testing.assert_allclose(found, golden["logits"], atol=1e-5)
+
+
+@LIVE
+@pytest.mark.parametrize("parts", [False, True])
+@pytest.mark.parametrize("zipped", [False, True])
+def test_live_weights_of_torch_are_read(parts, zipped, copied):
+    """As T5 1.1's and mT5's own uploads have them; before PyTorch 1.6 they were no archives."""
+    import torch
+
+    folder = copied("mt5")
+    held = {k: torch.from_numpy(v.astype("float32")) for k, v in _tensors_of(folder).items()}
+    held["encoder.embed_tokens.weight"] = held["shared.weight"]  # stored once, named twice
+    names = sorted(held)
+    halves = [names[::2], names[1::2]] if parts else [names]
+    for n, half in enumerate(halves):
+        path = folder / (f"pytorch_model-{n}.bin" if parts else "pytorch_model.bin")
+        content = {name: held[name].to(torch.bfloat16) for name in half}
+        torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    if parts:
+        places = {name: f"pytorch_model-{n}.bin" for n, half in enumerate(halves) for name in half}
+        index = folder / "pytorch_model.bin.index.json"
+        index.write_text(json.dumps({"weight_map": places}))
+    expected = open_checkpoint(folder).params()  # of the safetensors, which come first
+    (folder / "model.safetensors").unlink()
+    jax.tree.map(np.testing.assert_array_equal, open_checkpoint(folder).params(), expected)
+    (folder / ("pytorch_model-1.bin" if parts else "pytorch_model.bin")).write_bytes(b"cut off")
+    with pytest.raises(UserError, match="no whole weights of PyTorch") as caught:
+        open_checkpoint(folder)
+    assert "\n" not in str(caught.value)
+
+
+def _tensors_of(folder):
+    found = tensors.open_tensors(folder)
+    return {name: found.read(name) for name in found.names}

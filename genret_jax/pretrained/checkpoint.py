@@ -18,7 +18,7 @@ from genret_jax.errors import UserError
 from genret_jax.modeling.network import T5Config
 from genret_jax.pretrained import huggingface
 from genret_jax.pretrained.hub import CONFIG, TEXT_MODEL, find_folder
-from genret_jax.pretrained.tensors import WEIGHTS, TensorFolder
+from genret_jax.pretrained.tensors import WEIGHTS, Tensors, open_tensors
 
 log = logging.getLogger(__name__)
 # Of a network, what its parameters fix, or what they were trained with; the rest may be chosen.
@@ -51,7 +51,7 @@ class Checkpoint:
     folder: Path
     config: T5Config
     text_model: Path | None
-    _tensors: TensorFolder = dataclasses.field(repr=False)
+    _tensors: Tensors = dataclasses.field(repr=False)
     _scaled: bool = dataclasses.field(repr=False)
 
     def params(self) -> Any:
@@ -102,7 +102,7 @@ def open_checkpoint(name: str | Path) -> Checkpoint:
         raise UserError(f"{where}: not readable ({error}); fetch it again") from None
     if not isinstance(about, dict):
         raise UserError(f"{where}: not a JSON object; fetch it again")
-    config, tensors = huggingface.network_config(about, where=where), TensorFolder(folder)
+    config, tensors = huggingface.network_config(about, where=where), open_tensors(folder)
     scaled = huggingface.scales_states(about)
     # Only tied *and* scaled is tied here; see `Checkpoint.params`.
     config = dataclasses.replace(config, tied_embeddings=scaled and _is_tied(config, tensors))
@@ -120,18 +120,18 @@ def decided(checkpoint: Checkpoint) -> dict[str, Any]:
     return found
 
 
-def _is_tied(config: T5Config, tensors: TensorFolder) -> bool:
+def _is_tied(config: T5Config, tensors: Tensors) -> bool:
     """Whether input and output share the embedding: as transformers 5 has it, by the tensors."""
-    if huggingface.OUTPUT not in tensors:
+    if huggingface.OUTPUT not in tensors.names:
         return True
-    own = any(name in tensors for name in huggingface.EMBEDDINGS)
+    own = any(name in tensors.names for name in huggingface.EMBEDDINGS)
     if not config.tied_embeddings:
         return not own
     embedding = _stored(huggingface.EMBEDDINGS[0], tensors)
     return not own or np.array_equal(tensors.read(huggingface.OUTPUT), tensors.read(embedding))
 
 
-def _stored(name: str, tensors: TensorFolder) -> str:
+def _stored(name: str, tensors: Tensors) -> str:
     """The name under which a tensor, or the one that it shares its numbers with, is stored."""
     names: tuple[str, ...]
     if name == huggingface.EMBEDDINGS[0]:
@@ -140,10 +140,10 @@ def _stored(name: str, tensors: TensorFolder) -> str:
         names = (huggingface.OUTPUT, *huggingface.EMBEDDINGS)
     else:
         names = (name,)
-    return next((n for n in names if n in tensors), name)
+    return next((n for n in names if n in tensors.names), name)
 
 
-def _check(config: T5Config, tensors: TensorFolder, folder: Path) -> None:
+def _check(config: T5Config, tensors: Tensors, folder: Path) -> None:
     """That the tensors are those of the configuration, in name and shape."""
     wanted = {
         _stored(theirs, tensors): _shape(ours, transposed, config)

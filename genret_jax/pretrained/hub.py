@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 
 from genret_jax.errors import UserError
-from genret_jax.pretrained.tensors import INDEX, OF_TORCH, WEIGHTS
+from genret_jax.pretrained.tensors import INDEX, WEIGHTS, can_read_torch, has_weights
 
 log = logging.getLogger(__name__)
 CONFIG, TEXT_MODEL = "config.json", "spiece.model"
@@ -58,10 +58,7 @@ def _cached(name: str) -> Path | None:
     except OSError:
         return None
     snapshot = place / "snapshots" / Path(revision).name
-    whole = (snapshot / CONFIG).is_file() and any(
-        (snapshot / weights).is_file() for weights in (WEIGHTS, INDEX, *OF_TORCH)
-    )
-    return snapshot if whole else None
+    return snapshot if (snapshot / CONFIG).is_file() and has_weights(snapshot) else None
 
 
 def _downloaded(name: str) -> Path:
@@ -72,7 +69,12 @@ def _downloaded(name: str) -> Path:
 
         log.info("%s: downloading to %s", name, place)
         wanted = [CONFIG, TEXT_MODEL, "model*.safetensors", INDEX]
-        return Path(snapshot_download(name, cache_dir=place, allow_patterns=wanted))
+        folder = Path(snapshot_download(name, cache_dir=place, allow_patterns=wanted))
+        if not has_weights(folder, ()) and can_read_torch():
+            snapshot_download(name, cache_dir=place, allow_patterns=["pytorch_model*"])
+        if has_weights(folder):
+            return folder
+        reason = f"the hub has no {WEIGHTS} of it (other weights need torch to be read)"
     except ImportError:
         pass
     except Exception as error:  # the hub's many: offline, no such name, no access, a full disk

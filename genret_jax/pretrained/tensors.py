@@ -1,12 +1,18 @@
-"""Tensors of a safetensors file, or of several that an index lists."""
+"""Tensors of a folder: in one safetensors file, in several that an index lists, or of PyTorch.
+
+Many older uploads (T5 1.1 and mT5 among them) have pytorch_model.bin and nothing else. It is read
+where torch is installed; nothing else here needs torch.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -14,36 +20,111 @@ from safetensors import SafetensorError, safe_open
 from genret_jax.errors import UserError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-OF_TORCH = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+TORCH_WEIGHTS, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
 
-class TensorFolder:
-    """The tensors of a folder, read one at a time.
+class Tensors(Protocol):
+    """Tensors by name, read one at a time.
 
     Attributes:
-      files: the files that hold them.
+      names: of all tensors.
+      files: that hold them.
     """
 
-    def __init__(self, folder: Path):
-        self._file_of = _places(folder)
-        self.files = sorted(set(self._file_of.values()))
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._file_of
-
-    @property
-    def names(self) -> set[str]:
-        return set(self._file_of)
+    names: frozenset[str]
+    files: tuple[Path, ...]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Without reading the numbers."""
+        ...
+
+    def read(self, name: str) -> np.ndarray:
+        """float32, whatever it is stored as."""
+        ...
+
+
+def open_tensors(folder: Path) -> Tensors:
+    """The weights of a folder; safetensors where it has both kinds.
+
+    Raises:
+      UserError: there are none that can be read, or not all that an index lists.
+    """
+    if (folder / WEIGHTS).is_file():
+        with _opened(folder / WEIGHTS) as file:
+            return SafeTensors(dict.fromkeys(file.keys(), folder / WEIGHTS))
+    if (folder / INDEX).is_file():
+        return SafeTensors(_listed(folder / INDEX))
+    if not has_weights(folder):
+        raise UserError(
+            f"{folder}: no {WEIGHTS}; put {WEIGHTS} there, or {INDEX} with the files that it lists"
+        )
+    if not can_read_torch():
+        raise UserError(
+            f"{folder}: no {WEIGHTS}, but a {TORCH_WEIGHTS}, which needs torch to be read; "
+            "`pip install torch`, or save it again with save_pretrained of transformers"
+        )
+    if (folder / TORCH_WEIGHTS).is_file():
+        return TorchTensors([folder / TORCH_WEIGHTS])
+    return TorchTensors(sorted(set(_listed(folder / TORCH_INDEX).values())))
+
+
+def has_weights(folder: Path, names: tuple[str, ...] = (TORCH_WEIGHTS, TORCH_INDEX)) -> bool:
+    """Whether one of these files is there."""
+    return any((folder / name).is_file() for name in (WEIGHTS, INDEX, *names))
+
+
+def can_read_torch() -> bool:
+    return importlib.util.find_spec("torch") is not None
+
+
+class SafeTensors:
+    """See `Tensors`; `files` by tensor."""
+
+    def __init__(self, file_of: Mapping[str, Path]):
+        self._file_of = file_of
+        self.names = frozenset(file_of)
+        self.files = tuple(sorted(set(file_of.values())))
+        for path in self.files:
+            with _opened(path) as file:
+                here = set(file.keys())
+            lost = sorted(n for n, place in file_of.items() if place == path and n not in here)
+            if lost:
+                raise UserError(
+                    f"{path}: holds no {lost[0]}, but {INDEX} says so; fetch both again"
+                )
+
+    def shape(self, name: str) -> tuple[int, ...]:
         with _opened(self._file_of[name]) as file:
             return tuple(file.get_slice(name).get_shape())
 
     def read(self, name: str) -> np.ndarray:
-        """A tensor as float32, whatever it is stored as."""
         with _opened(self._file_of[name]) as file:
             return file.get_tensor(name).astype(np.float32)
+
+
+class TorchTensors:
+    """See `Tensors`; only numbers are unpickled, and mapped into memory where the format allows."""
+
+    def __init__(self, files: list[Path]):
+        import torch
+
+        self.files = tuple(files)
+        self._tensors: dict[str, Any] = {}
+        for path in files:
+            try:
+                mapped = zipfile.is_zipfile(path)  # not before PyTorch 1.6
+                found = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+                self._tensors |= found
+            except Exception as error:  # whatever unpickling meets in a damaged file
+                reason = next(iter(str(error).splitlines()), type(error).__name__)
+                raise UserError(f"{path}: no whole weights of PyTorch ({reason})") from None
+        self.names = frozenset(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[name].shape)
+
+    def read(self, name: str) -> np.ndarray:
+        return self._tensors[name].float().numpy().copy()
 
 
 @contextlib.contextmanager
@@ -57,37 +138,17 @@ def _opened(path: Path) -> Iterator[Any]:
         yield file
 
 
-def _places(folder: Path) -> Mapping[str, Path]:
-    """Tensor -> its file.
+def _listed(index: Path) -> Mapping[str, Path]:
+    """Tensor -> its file, by an index.
 
     Raises:
-      UserError: there are no weights, or not all that the index lists.
+      UserError: it is no index, or a file that it lists is not there.
     """
-    whole, index = folder / WEIGHTS, folder / INDEX
-    if whole.is_file():
-        with _opened(whole) as file:
-            return {name: whole for name in file.keys()}  # noqa: SIM118 (not a dict)
-    if not index.is_file():
-        found = next((name for name in OF_TORCH if (folder / name).is_file()), None)
-        remedy = (
-            f"; it has {found}: load it with transformers and save it again with "
-            "save_pretrained(..., safe_serialization=True)"
-            if found
-            else f"; put {WEIGHTS} there, or {INDEX} with the files that it lists"
-        )
-        raise UserError(f"{folder}: no {WEIGHTS}{remedy}")
     try:
         listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = {name: folder / Path(file).name for name, file in listed.items()}
+        files = {name: index.parent / Path(file).name for name, file in listed.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index}: no index of safetensors files ({error!r})") from None
-    distinct = sorted(set(files.values()))
-    if gone := [path for path in distinct if not path.is_file()]:
-        raise UserError(f"{gone[0]}: is missing, but {INDEX} lists it; put it there")
-    for path in distinct:
-        with _opened(path) as file:
-            here = set(file.keys())
-        lost = sorted(name for name, place in files.items() if place == path and name not in here)
-        if lost:
-            raise UserError(f"{path}: holds no {lost[0]}, but {INDEX} says so; fetch both again")
+        raise UserError(f"{index}: no index of weights ({error!r}); fetch it again") from None
+    if gone := sorted(path for path in set(files.values()) if not path.is_file()):
+        raise UserError(f"{gone[0]}: is missing, but {index.name} lists it; put it there")
     return files
