@@ -17,6 +17,7 @@ from genret_jax import Retriever, UserError
 from genret_jax.cli import main
 from genret_jax.corpus import write_corpus
 from genret_jax.docids.build import build_docids
+from genret_jax.docids.collisions import plain_label, text_of_label
 from genret_jax.modeling.model import RetrievalModel
 from genret_jax.modeling.network import T5, T5Config
 from genret_jax.pretrained.checkpoint import open_checkpoint, write_checkpoint
@@ -221,6 +222,9 @@ def test_docid_tokens_with_a_text_begin_as_its_pieces(size, kind, checkpoints, t
 
 
 def test_only_labels_that_are_text_have_pieces(text_model):
+    for text in ("torch", "<#2>", "\\<none>", "<pad>"):
+        assert text_of_label(plain_label(text)) == text
+    assert not text_of_label("<#2>") and not text_of_label("<none>")
     vocabulary = Vocabulary(text_model, 2)
     assert not any(token_pieces(_table("atomic", vocabulary), vocabulary)), "ids are no words"
     assert not any(token_pieces(_table("naive", vocabulary), vocabulary))
