@@ -229,6 +229,14 @@ def info(arguments: argparse.Namespace) -> None:
     _print(arguments, about, _lines_of(about))
 
 
+def export(arguments: argparse.Namespace) -> None:
+    from genret_jax.export import export_retriever
+    from genret_jax.retriever import Retriever
+
+    about = export_retriever(Retriever.load(arguments.run_folder), arguments.out)
+    _print(arguments, about, _lines_of(about))
+
+
 def quickstart(arguments: argparse.Namespace) -> None:
     from genret_jax.quickstart.run import run_quickstart
 
@@ -244,7 +252,11 @@ def _recipe(arguments: argparse.Namespace) -> Recipe:
         bindings = [f"DocidConfig.kind = {arguments.docids!r}", "DocidConfig.settings = {}"]
     bindings += arguments.gin
     return load_recipe(
-        arguments.method, size=arguments.size, gin_files=arguments.gin_file, bindings=bindings
+        arguments.method,
+        size=arguments.size,
+        init=arguments.init,
+        gin_files=arguments.gin_file,
+        bindings=bindings,
     )
 
 
@@ -373,6 +385,14 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     command = verb(
+        export,
+        "write a retriever's T5 as a Hugging Face folder",
+        "genret export runs/mine --out exported",
+    )
+    command.add_argument("run_folder", metavar="RUN", help="folder of a fit, or a retriever folder")
+    command.add_argument("--out", required=True, help="the folder; made")
+
+    command = verb(
         quickstart,
         "train on Python's own standard library and search it (3 minutes)",
         "genret quickstart",
@@ -393,6 +413,12 @@ def _add_recipe_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("corpus", help="BEIR folder, or a corpus.jsonl[.gz]")
     command.add_argument("--method", default="dogr", help="what to train (default dogr)")
     command.add_argument("--docids", help="kind of identifiers, instead of the method's own")
+    command.add_argument(
+        "--init",
+        metavar="T5",
+        help="begin with a pretrained T5: a Hugging Face folder, or a name such as "
+        "google/flan-t5-small",
+    )
     _add_gin_options(command)
 
 

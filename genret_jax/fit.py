@@ -277,7 +277,14 @@ def _claim(out: Path, recipe: Recipe, digest: str) -> None:
         mark = out / "run.json"
         made = any((out / name).exists() for name in ("index", "training", "ranking", "retriever"))
         if mark.is_file() and made:
-            if json.loads(mark.read_text()).get("run") != digest:
+            found = json.loads(mark.read_text())
+            if found.get("run") != digest:
+                before = found.get("recipe", {}).get("checkpoint", "")
+                if recipe.checkpoint != before and recipe.checkpoint and before:
+                    raise UserError(
+                        f"{out}: was begun with other files than those now at "
+                        f"{recipe.train.init}; put those back, or choose another --out"
+                    )
                 raise UserError(
                     f"{out}: holds a run of another recipe or corpus; choose another --out, "
                     "or delete the folder"

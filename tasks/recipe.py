@@ -26,7 +26,7 @@ from genret_jax.modeling.model import Params
 from genret_jax.recipe import configured
 from genret_jax.splitting import split_corpus
 from genret_jax.stages.common import Materials
-from genret_jax.stages.first import lexical
+from genret_jax.stages.first import starting
 from genret_jax.stages.second import negatives_an_example
 from genret_jax.training import processes
 from tasks.folder import Registered, register_contrastive_materials, register_materials
@@ -98,7 +98,7 @@ def queries(split: str = "dev") -> str:
 
 def start() -> Callable[[Params], Params]:
     """What TrainConfig.start says: fresh parameters -> those to begin stage 1 with."""
-    return lexical(materials()) or (lambda fresh: fresh)
+    return starting(materials()) or (lambda fresh: fresh)
 
 
 # What opens and registers is remembered by everything that it depends on, as text.

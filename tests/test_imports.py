@@ -18,9 +18,9 @@ ROOMS = """
     errors files lines records trec corpus documents
     baselines evaluation significance comparison
     docids trie vocabularies decoding
-    modeling scoring ranking vectors
+    modeling pretrained scoring ranking vectors
     recipe splitting indexing negatives data training
-    weights retriever stages t5x fit ablation quickstart
+    weights retriever export stages t5x fit ablation quickstart
     __init__ cli __main__
 """.split()  # noqa: SIM905
 

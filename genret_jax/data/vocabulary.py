@@ -57,7 +57,7 @@ class SeqioVocabulary(seqio.Vocabulary):
     def _decode(self, ids: Iterable[int]) -> str:
         words, run = [], []
         for i in [*(int(i) for i in ids), None]:
-            if i is not None and i < self.vocabulary.text_size:
+            if i is not None and i < self.vocabulary.docids.start:
                 run.append(i)
                 continue
             if run:

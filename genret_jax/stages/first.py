@@ -8,11 +8,13 @@ from pathlib import Path
 
 from genret_jax.evaluation import evaluate
 from genret_jax.modeling.model import Params
+from genret_jax.pretrained.checkpoint import open_checkpoint
 from genret_jax.scoring import run_of_candidates
 from genret_jax.stages.common import DEV_BEAM, Materials
 from genret_jax.training import processes
 from genret_jax.training.budget import Clock
 from genret_jax.training.lexical_start import lexical_start
+from genret_jax.training.pretrained_start import pretrained_start
 from genret_jax.training.trainer import Evaluate, TrainResult, train
 
 
@@ -26,7 +28,7 @@ def train_docids(materials: Materials, folder: Path, clock: Clock) -> TrainResul
         folder=folder,
         evaluate=_dev_evaluation(materials),
         clock=clock,
-        start=lexical(materials),
+        start=starting(materials),
         measuring=materials.measuring,
     )
 
@@ -37,11 +39,20 @@ def take_docids(materials: Materials, params: Params, step: int) -> TrainResult:
     return TrainResult(params, step, evaluate(params) if evaluate else {}, step)
 
 
-def lexical(materials: Materials) -> Callable[[Params], Params] | None:
-    """The lexical start, where the recipe wants it: fresh parameters -> those to begin with."""
+def starting(materials: Materials) -> Callable[[Params], Params] | None:
+    """Fresh parameters -> those to begin with, as the recipe wants them; None for the fresh ones."""
     config, model = materials.recipe.train, materials.model
     if config.start == "random":
         return None
+    if config.start == "pretrained":
+        return functools.partial(
+            pretrained_start,
+            checkpoint=open_checkpoint(config.init),
+            config=model.config,
+            vocabulary=materials.index.vocabulary,
+            table=materials.index.table,
+            seed=config.seed,
+        )
     return functools.partial(
         lexical_start,
         examples=materials.examples,
