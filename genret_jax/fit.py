@@ -26,6 +26,7 @@ from genret_jax.corpus import Corpus, read_corpus
 from genret_jax.errors import UserError
 from genret_jax.files import replace_on_success
 from genret_jax.indexing import build_index, documents_digest
+from genret_jax.pseudo_queries import read_pseudo_queries
 from genret_jax.recipe import Recipe
 from genret_jax.retriever import Retriever, find_retriever, write_retriever
 from genret_jax.splitting import Split, split_corpus
@@ -49,6 +50,7 @@ def fit(
     started: float | None = None,
     stage: int | None = None,
     stage_one: str | Path | None = None,
+    pseudo_queries: str | Path | None = None,
 ) -> Retriever:
     """Trains a retriever over a corpus, or goes on where an interrupted run stopped.
 
@@ -64,6 +66,7 @@ def fit(
       stage_one: folder of another run whose retriever is of stage 1: its index and parameters are
         taken, and only stage 2 is trained here. Its recipe may differ in ContrastiveConfig alone;
         its time counts as this run's.
+      pseudo_queries: file of `genret pseudo-queries`, learned from beside the train queries.
 
     Returns:
       The retriever with the parameters that were best on dev.
@@ -77,6 +80,8 @@ def fit(
     clock = Clock(minutes * 60 if minutes else None, started=started, reserve=_RESERVE_SECONDS)
     path, corpus = _read(corpus)
     split = split_corpus(corpus, recipe.data, seed=recipe.train.seed)
+    if pseudo_queries:
+        split = dataclasses.replace(split, pseudo=read_pseudo_queries(pseudo_queries, corpus))
     begun = _stage_one(home, recipe, corpus, split, stage) if stage_one else None
     _claim(out, recipe, corpus, split, begun)
     last = stage or (2 if recipe.contrastive.wanted else 1)
@@ -209,6 +214,7 @@ def _stage_one(
 
 def _identity(recipe: dict[str, Any], corpus: Corpus, split: Split, *more: str) -> str:
     content = [recipe, documents_digest(corpus.documents), split.pairs, split.dev_qrels, *more]
+    content += [list(split.pseudo)] if split.pseudo else []
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -267,6 +273,7 @@ def _about(
         "dev": result.dev,
         "training": {
             "pairs": len(split.pairs),
+            "pseudo_queries": len(split.pseudo),
             "dev_queries": len(split.dev_queries),
             "dev_beam": DEV_BEAM,
             "steps": first.steps + (second.result.steps if second else 0),

@@ -79,6 +79,7 @@ class DataConfig:
         decides: 8 / (8 + p), but between 0.3 and 0.7, because few queries a document are soon
         learnt by heart and pieces of the text are what is left to learn from.
       title_share, frame_share, word_dropout: see `genret_jax.data.tasks.register`.
+      pseudo_share: share of pseudo-queries among the queries learned from, where some are given.
       indexing_passes: pieces drawn of each document, for the whole training, at most.
       input_length: encoder tokens; 0 lets the train queries decide (99 % of them fit).
       dev_queries: queries of an evaluation during training, at most.
@@ -89,6 +90,7 @@ class DataConfig:
     title_share: float = 0.3
     frame_share: float = 0.5
     word_dropout: float = 0.0
+    pseudo_share: float = 0.5
     indexing_passes: int = 8
     input_length: int = 0
     dev_queries: int = 1000
@@ -197,6 +199,51 @@ class ContrastiveConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class GenerationConfig:
+    """A generator of queries and how it is sampled.
+
+    Attributes:
+      document_length: tokens of a passage of a document, EOS included.
+      passages: of a document, at most, each with the beginning of its title; their queries are
+        sampled in turn.
+      query_length: pieces of a query, EOS included; longer train queries are cut.
+      copying: whether pieces may be copied; see `genret_jax.modeling.query_generator`.
+      top_k, temperature: see `QueryGenerator.sample`.
+      held_out: share of the documents with train queries whose queries choose the best parameters
+        and are not trained on.
+      dev_pairs: of those, at most.
+      batch_size: passages of a batch while sampling.
+    """
+
+    document_length: int = 64
+    passages: int = 8
+    query_length: int = 32
+    copying: bool = True
+    top_k: int = 20
+    temperature: float = 1.0
+    held_out: float = 0.05
+    dev_pairs: int = 1000
+    batch_size: int = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class GeneratorRecipe:
+    """Everything that decides what a generator of queries is, besides its corpus.
+
+    `train.start` and `train.metric` are a retriever's and not looked at.
+    """
+
+    network: NetworkConfig
+    vocabulary: VocabularyConfig
+    loss: LossConfig
+    train: TrainConfig
+    generation: GenerationConfig
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass(frozen=True)
 class Recipe:
     """Everything that decides what a run does, besides its corpus."""
 
@@ -221,6 +268,7 @@ _PARTS = {
     "loss": LossConfig,
     "train": TrainConfig,
     "contrastive": ContrastiveConfig,
+    "generation": GenerationConfig,
 }
 _CONFIGURABLE = {
     name: gin.external_configurable(part, name=part.__name__) for name, part in _PARTS.items()
@@ -262,10 +310,33 @@ def load_recipe(
       UserError: for a name or a line that does not exist or does not parse, or a value of the
         wrong type or range.
     """
-    files = [_named("method", "methods", method, methods())]
-    if size:
-        files.append(_named("size", "models", size, sizes()))
-    files += [Path(f) for f in gin_files]
+    first = _named("method", "methods", method, methods())
+    files = _files(first, size, gin_files)
+    parts = _parts(Recipe, files, bindings, what=f"method {method}")
+    return Recipe(method=method, **parts)
+
+
+def load_generator_recipe(
+    *,
+    size: str | None = None,
+    gin_files: Sequence[str | Path] = (),
+    bindings: Sequence[str] = (),
+) -> GeneratorRecipe:
+    """The same for a generator of queries, which begins with generators/doc2query.gin."""
+    files = _files(gin_folder() / "generators" / "doc2query.gin", size, gin_files)
+    return GeneratorRecipe(**_parts(GeneratorRecipe, files, bindings, what="the query generator"))
+
+
+def _files(first: Path, size: str | None, more: Sequence[str | Path]) -> list[Path]:
+    sized = [_named("size", "models", size, sizes())] if size else []
+    return [first, *sized, *map(Path, more)]
+
+
+def _parts(
+    recipe: type, files: Sequence[Path], bindings: Sequence[str], *, what: str
+) -> dict[str, Any]:
+    """The parts of a recipe as gin has them, checked."""
+    names = [field.name for field in dataclasses.fields(recipe) if field.name in _PARTS]
     for file in files:
         if not file.is_file():
             raise UserError(f"{file}: no such gin file")
@@ -276,16 +347,16 @@ def load_recipe(
         for file in files:
             gin.parse_config_file(str(file))
         gin.parse_config(list(bindings))
-        parts = {name: make() for name, make in _CONFIGURABLE.items()}
+        parts = {name: _CONFIGURABLE[name]() for name in names}
     except (ValueError, SyntaxError, TypeError, AttributeError, OSError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise UserError(f"recipe of method {method}: {lines[0] if lines else error!r}") from None
+        raise UserError(f"recipe of {what}: {lines[0] if lines else error!r}") from None
     finally:
         logging.disable(logging.NOTSET)
         gin.clear_config()
     for part in parts.values():
         _check(part)
-    return Recipe(method=method, **parts)
+    return parts
 
 
 # Fields that are shares, and fields that count something and may be 0.
@@ -294,6 +365,7 @@ _SHARES = (
     "title_share",
     "frame_share",
     "word_dropout",
+    "pseudo_share",
     "held_out",
     "label_smoothing",
     "share",

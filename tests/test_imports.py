@@ -20,7 +20,7 @@ ROOMS = """
     docids trie vocabularies decoding
     modeling scoring ranking vectors
     recipe splitting indexing negatives data training
-    weights retriever stages fit ablation quickstart
+    weights retriever pseudo_queries stages fit ablation quickstart
     __init__ cli __main__
 """.split()  # noqa: SIM905
 

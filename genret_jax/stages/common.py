@@ -49,7 +49,13 @@ class Materials:
     @functools.cached_property
     def examples(self) -> TrainingExamples:
         index = self.index
-        return make_examples(self.documents, self.split.pairs, index.vocabulary, index.table)
+        return make_examples(
+            self.documents,
+            self.split.all_pairs,
+            index.vocabulary,
+            index.table,
+            pseudo=len(self.split.pseudo),
+        )
 
     @functools.cached_property
     def document_ids(self) -> list[str]:
@@ -95,7 +101,12 @@ class Materials:
         """The tasks of the mixture, read into memory."""
         data, examples = self.recipe.data, self.examples
         share = examples.indexing_share(data.indexing_share)
-        log.info("%d train pairs; %.0f %% indexing examples", len(examples.queries), 100 * share)
+        log.info(
+            "%d train pairs, %d pseudo-queries; %.0f %% indexing examples",
+            examples.real,
+            examples.pseudo,
+            100 * share,
+        )
         register(
             _TASKS,
             examples,
@@ -104,6 +115,7 @@ class Materials:
             title_share=data.title_share,
             frame_share=data.frame_share,
             word_dropout=data.word_dropout,
+            pseudo_share=data.pseudo_share,
         )
         most = max(1, _MOST_PIECES // len(self.documents))
         return materialise(

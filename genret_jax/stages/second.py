@@ -174,7 +174,7 @@ class _Miner:
 
     def __init__(self, materials: Materials, folder: Path, clock: Clock):
         self._materials, self._folder, self._clock = materials, folder, clock
-        self.positives = known_positives(materials.split.pairs)
+        self.positives = known_positives(materials.split.all_pairs)
         self.questions = Questions.of(self.positives, materials.documents)
 
     def negatives(self, step: int, params: Params) -> Negatives:
