@@ -4,7 +4,7 @@
         --bert-vocab vocab.txt --out nq320k --expect published
     genret fit nq320k --out runs/nq320k
 
-The files are those of https://ai.google.com/research/NaturalQuestions/download (v1.0-simplified);
+The files are those of https://ai.google.com/research/NaturalQuestions/download (v1.0-simplified),
 plain or gzip; vocab.txt is the WordPiece vocabulary of bert-base-uncased.
 
 NQ320k is a protocol, not a file: NCI (Wang et al. 2022) made it and GenRet, GLEN and others repeat
@@ -35,9 +35,7 @@ document is its number, `title` the compared title, `text` the whole text of ste
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
-import hashlib
 import itertools
 import json
 import re
@@ -45,12 +43,12 @@ import sys
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from genret_jax.errors import UserError
-from genret_jax.files import replace_on_success
 from genret_jax.lines import Notices, place, read_lines
 from tasks.command import run
+from tasks.writing import FolderWriter, beir_folder, differences
 
 REPORT = "nq320k.json"
 # The number of documents is in the code that NCI published, those of questions are the files'; seen
@@ -228,17 +226,15 @@ def _basic(text: str) -> str:
     return "".join(part for part in parts if unicodedata.category(part) != "Mn")
 
 
-class _Writer:
-    """The BEIR folder as it grows; see the module's steps 5 to 8."""
+class _Collection:
+    """What is known of the rows written so far; see the module's steps 5 to 8."""
 
-    def __init__(self, files: dict[str, IO[str]], normalise: Callable[[Sequence[str]], list[str]]):
-        self._files, self._normalise = files, normalise
+    def __init__(self, writer: FolderWriter, normalise: Callable[[Sequence[str]], list[str]]):
+        self._writer, self._normalise = writer, normalise
         self._documents: dict[str, int] = {}
         self._seen: set[int] = set()  # documents that train questions are about
         self._ids: set[str] = set()
         self.counts = dict.fromkeys(PUBLISHED, 0) | {"without_title": 0, "documents_of_train": 0}
-        for split in _SPLITS:
-            files[split].write("query-id\tcorpus-id\tscore\n")
 
     def add(self, rows: Iterable[Row], *, train: bool) -> None:
         """Adds the rows of one file, all of train before those of dev."""
@@ -256,25 +252,22 @@ class _Writer:
         self.counts["without_title"] += not title
         if title not in self._documents:
             number = self._documents[title] = len(self._documents)
-            self._line("corpus", {"_id": str(number), "title": title, "text": row.text})
+            self._writer.document(str(number), title=title, text=row.text)
         return self._documents[title]
 
     def _question(self, row: Row, document: int, *, train: bool) -> None:
         if row.id in self._ids:
             raise UserError(f"example {row.id} is there twice; give each file once")
         self._ids.add(row.id)
-        self._line("queries", {"_id": row.id, "text": row.question})
+        self._writer.query(row.id, text=row.question)
         if train:
             self._seen.add(document)
             splits = ["train"]
         else:
             splits = ["test", "test_seen" if document in self._seen else "test_unseen"]
         for split in splits:
-            self._files[split].write(f"{row.id}\t{document}\t1\n")
+            self._writer.judgement(split, row.id, str(document))
             self.counts[split if split in self.counts else f"{split}_questions"] += 1
-
-    def _line(self, name: str, record: dict[str, str]) -> None:
-        self._files[name].write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
 def build(
@@ -296,47 +289,17 @@ def build(
       SHA-256 of every file.
 
     Raises:
-      UserError: what `read_rows` raises, an example that is there twice, or another `out`.
+      UserError: what `read_rows` and `beir_folder` raise, or an example that is there twice.
     """
-    out = Path(out)
-    if out.exists() and not (out / REPORT).is_file():
-        raise UserError(f"{out}: exists and was not made by this program; give another --out")
-    with replace_on_success(out) as temporary:
-        (temporary / "qrels").mkdir(parents=True)
-        paths = {name: temporary / f"{name}.jsonl" for name in ("corpus", "queries")}
-        paths |= {split: temporary / "qrels" / f"{split}.tsv" for split in _SPLITS}
+    with beir_folder(out, splits=_SPLITS, report=REPORT) as writer:
+        collection = _Collection(writer, normalise)
         rows: dict[str, dict[str, int]] = {}
-        with contextlib.ExitStack() as stack:
-            files = {
-                name: stack.enter_context(path.open("w", encoding="utf-8", newline="\n"))
-                for name, path in paths.items()
-            }
-            writer = _Writer(files, normalise)
-            for name, path in (("train", train), ("dev", dev)):
-                texts, is_train = Texts(), name == "train"
-                writer.add(read_rows(path, train=is_train, texts=texts), train=is_train)
-                rows[name] = texts.counts
-        report = {**writer.counts, "rows": rows, "sha256": _digests(temporary, paths.values())}
-        (temporary / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    return report
-
-
-def _digests(folder: Path, paths: Iterable[Path]) -> dict[str, str]:
-    found = {}
-    for path in paths:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        found[path.relative_to(folder).as_posix()] = digest
-    return found
-
-
-def differences(report: dict[str, Any], published: dict[str, int] = PUBLISHED) -> list[str]:
-    """One line for every count that is not the published one."""
-    return [
-        f"{name.replace('_', ' ')}: {report[name]:,}, published are {count:,}"
-        for name, count in published.items()
-        if report[name] != count
-    ]
+        for name, path in (("train", train), ("dev", dev)):
+            texts, is_train = Texts(), name == "train"
+            collection.add(read_rows(path, train=is_train, texts=texts), train=is_train)
+            rows[name] = texts.counts
+        writer.report |= {**collection.counts, "rows": rows}
+    return writer.report
 
 
 def main() -> None:
@@ -352,7 +315,7 @@ def main() -> None:
     titles = BertTitles(arguments.bert_vocab)
     report = build(arguments.train, arguments.dev, arguments.out, normalise=titles)
     print(json.dumps(report, indent=1))
-    different = differences(report)
+    different = differences(report, PUBLISHED)
     if different and arguments.expect:
         raise UserError(f"{arguments.out}: {'; '.join(different)}")
     for line in different:
