@@ -34,6 +34,7 @@ from genret_jax.negatives import (
     mine,
     prefix_negatives,
 )
+from genret_jax.pseudo_queries import read_pseudo_queries
 from genret_jax.recipe import ContrastiveConfig, DataConfig
 from genret_jax.splitting import split_corpus
 
@@ -43,7 +44,8 @@ log = logging.getLogger(__name__)
 @dataclasses.dataclass(frozen=True)
 class Registered:
     """Attributes:
-    mixture: name of the mixture; NAME_retrieval and NAME_indexing are its tasks.
+    mixture: name of the mixture; NAME_retrieval, NAME_indexing and, with pseudo-queries,
+      NAME_pseudo are its tasks.
     lengths: {"inputs", "targets"}: what `task_feature_lengths` should be.
     """
 
@@ -52,7 +54,13 @@ class Registered:
 
 
 def register_folder(
-    corpus: str, run: str, *, name: str = "folder", data: DataConfig | None = None, seed: int = 0
+    corpus: str,
+    run: str,
+    *,
+    name: str = "folder",
+    data: DataConfig | None = None,
+    seed: int = 0,
+    pseudo_queries: str | None = None,
 ) -> Registered:
     """Registers retrieval, indexing and their mixture for a corpus and its index.
 
@@ -62,9 +70,10 @@ def register_folder(
       name: of the mixture.
       data: rates and lengths.
       seed: of the held-out queries; the seed of the fit, so that both train on the same.
+      pseudo_queries: file of generated queries to learn from, too.
     """
     data = data or DataConfig()
-    found = _open(corpus, run, data, seed)
+    found = _open(corpus, run, data, seed, pseudo_queries)
     register(
         name,
         found.examples,
@@ -83,6 +92,7 @@ def register_folder_contrastive(
     contrastive: ContrastiveConfig | None = None,
     step: int = 0,
     seed: int = 0,
+    pseudo_queries: str | None = None,
 ) -> Registered:
     """Registers the tasks of the second stage, to be read with `ContrastiveFeatureConverter`.
 
@@ -90,7 +100,7 @@ def register_folder_contrastive(
     its first stage; without that folder they are mined with BM25.
 
     Args:
-      corpus, run, name, data, seed: see `register_folder`.
+      corpus, run, name, data, seed, pseudo_queries: see `register_folder`.
       contrastive: numbers of negatives, number and length of views (give the fit's); the weights
         of the losses are the model's affair and not looked at.
       step: of the second stage at which the negatives were mined.
@@ -99,7 +109,7 @@ def register_folder_contrastive(
       UserError: the negatives are of another corpus, or of other train queries.
     """
     data, config = data or DataConfig(), contrastive or ContrastiveConfig()
-    found = _open(corpus, run, data, seed)
+    found = _open(corpus, run, data, seed, pseudo_queries)
     positives = known_positives(found.pairs)
     questions = Questions.of(positives, found.documents)
     side = DocumentSide.of(found.examples, positives, found.index.vocabulary.docids, config)
@@ -144,11 +154,17 @@ class _Folder:
     lengths: dict[str, int]
 
 
-def _open(corpus: str, run: str, data: DataConfig, seed: int) -> _Folder:
+def _open(
+    corpus: str, run: str, data: DataConfig, seed: int, pseudo_queries: str | None
+) -> _Folder:
     read = read_corpus(corpus)
     index = Index.load(Path(run) / "index")
     pairs = split_corpus(read, data, seed=seed).pairs
-    examples = make_examples(read.documents, pairs, index.vocabulary, index.table)
+    pseudo = read_pseudo_queries(pseudo_queries, read) if pseudo_queries else []
+    pairs = [*pairs, *pseudo]
+    examples = make_examples(
+        read.documents, pairs, index.vocabulary, index.table, pseudo=len(pseudo)
+    )
     length = data.input_length or examples.input_length()
     lengths = {"inputs": length, "targets": index.trie.max_length}
     return _Folder(read.documents, pairs, index, examples, lengths)
@@ -161,6 +177,7 @@ def _plain(data: DataConfig, examples: TrainingExamples) -> dict[str, Any]:
         "title_share": data.title_share,
         "frame_share": data.frame_share,
         "word_dropout": data.word_dropout,
+        "pseudo_share": data.pseudo_share,
     }
 
 

@@ -100,12 +100,17 @@ def add_task(
     features: Mapping[str, seqio.Feature],
     size: int,
 ) -> None:
-    """Registers a task of so many examples; replaces an earlier one."""
+    """Registers a task of so many examples; replaces an earlier one.
+
+    The source is what can be cached (`seqio_cache_tasks`): it is deterministic, while all that
+    the preprocessors do is drawn anew in every epoch or depends on the lengths asked for.
+    """
+    online = [p for p in preprocessors if not isinstance(p, seqio.CacheDatasetPlaceholder)]
     seqio.TaskRegistry.remove(name)
     seqio.TaskRegistry.add(
         name,
         source=source,
-        preprocessors=preprocessors,
+        preprocessors=[seqio.CacheDatasetPlaceholder(), *online],
         output_features=features,
         # SeqIO repeats before it shuffles: a larger buffer would be filled by repetitions.
         shuffle_buffer_size=min(max(size, 1), _SHUFFLE_BUFFER),
