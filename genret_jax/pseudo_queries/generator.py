@@ -130,7 +130,7 @@ class Sampler:
         seed: int,
     ):
         self._vocabulary, self._config = vocabulary, config
-        self._per_document, self._seed = per_document, seed
+        self._per_document = per_document
         self._samples = min(per_document, _SAMPLES)
         self._rows = -(-per_document // self._samples)
         self.counts = Counts()
