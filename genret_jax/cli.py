@@ -98,6 +98,7 @@ def fit(arguments: argparse.Namespace) -> None:
         from_t5x=arguments.from_t5x,
         profile=arguments.profile,
         peak_flops=arguments.peak_flops,
+        pseudo_queries=arguments.pseudo_queries,
     )
     if not processes.is_first():
         return
@@ -110,6 +111,28 @@ def fit(arguments: argparse.Namespace) -> None:
         f"{about['training']['seconds'] / 60:.1f} minutes; dev {dev or 'not measured'}\n"
         f'Next: genret search {arguments.out} "your question"',
     )
+
+
+def pseudo_queries(arguments: argparse.Namespace) -> None:
+    from genret_jax.pseudo_queries.run import generate
+    from genret_jax.recipe import load_generator_recipe
+
+    report = generate(
+        arguments.corpus,
+        recipe=load_generator_recipe(
+            size=arguments.size, gin_files=arguments.gin_file, bindings=arguments.gin
+        ),
+        out=arguments.out,
+        per_document=arguments.per_document,
+        round_trip=arguments.round_trip,
+        minutes=arguments.minutes,
+        started=arguments.started,
+    )
+    text = (
+        f"{_lines_of(report)}\nNext: genret fit {arguments.corpus} --out RUN "
+        f"--pseudo-queries {arguments.out}"
+    )
+    _print(arguments, {"out": str(arguments.out), **report}, text)
 
 
 def search(arguments: argparse.Namespace) -> None:
@@ -307,7 +330,7 @@ def _parser() -> argparse.ArgumentParser:
 
     def verb(run: Callable[..., int | None], help: str, example: str) -> argparse.ArgumentParser:
         command = verbs.add_parser(
-            run.__name__,
+            run.__name__.replace("_", "-"),
             help=help,
             description=f"{help}\n\nExample:\n  {example}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -337,8 +360,20 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         help="FLOP/s of a device, for its utilisation in metrics.jsonl (default: of its kind)",
     )
+    command.add_argument(
+        "--pseudo-queries",
+        metavar="FILE",
+        help="learn from these, too; `genret pseudo-queries` makes them",
+    )
     _add_recipe_options(command)
     _add_process_options(command)
+
+    command = verb(
+        pseudo_queries,
+        "train a generator on the train queries and write queries of every document",
+        "genret pseudo-queries my_corpus --out runs/pseudo_queries.jsonl --minutes 10",
+    )
+    _add_pseudo_query_options(command)
 
     command = verb(search, "search a retriever", 'genret search runs/mine "who fixes lifts?" -k 5')
     command.add_argument("run_folder", metavar="RUN", help="folder of a fit, or a retriever folder")
@@ -437,6 +472,23 @@ def _add_process_options(command: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--process", type=int, metavar="I", help="which one, from 0 (or JAX_PROCESS_ID)"
     )
+
+
+def _add_pseudo_query_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("corpus", help="BEIR folder with train queries")
+    command.add_argument("--out", required=True, metavar="FILE", help="JSON lines; .gz packs them")
+    command.add_argument("--minutes", type=float, help="end within so many minutes, all included")
+    command.add_argument(
+        "--per-document", type=int, default=15, help="queries sampled of a document (default 15)"
+    )
+    command.add_argument(
+        "--round-trip",
+        type=int,
+        default=0,
+        metavar="K",
+        help="keep a query only where BM25 finds its document among the K best (default 0: all)",
+    )
+    _add_gin_options(command)
 
 
 def _add_ablate_options(command: argparse.ArgumentParser) -> None:

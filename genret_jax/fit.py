@@ -28,6 +28,7 @@ from genret_jax.errors import UserError
 from genret_jax.files import replace_on_success
 from genret_jax.indexing import Index, build_index, documents_digest
 from genret_jax.modeling.model import Params
+from genret_jax.pseudo_queries import read_pseudo_queries
 from genret_jax.recipe import Recipe
 from genret_jax.retriever import Retriever, find_retriever, write_retriever
 from genret_jax.splitting import Split, split_corpus
@@ -57,6 +58,7 @@ def fit(
     from_t5x: str | Path | None = None,
     profile: bool = False,
     peak_flops: float | None = None,
+    pseudo_queries: str | Path | None = None,
 ) -> Retriever:
     """Trains a retriever over a corpus, or goes on where an interrupted run stopped.
 
@@ -77,6 +79,7 @@ def fit(
       profile: writes a trace of a few steps of every stage to profile/, for xprof.
       peak_flops: FLOP/s of one device, by which the utilisation in metrics.jsonl is measured; by
         default what is known of its kind.
+      pseudo_queries: file of `genret pseudo-queries`, learned from beside the train queries.
 
     Several processes that joined (`genret_jax.training.processes.start`) train together when each
     of them makes the same call; `out` is on a file system that all see, and the first one writes.
@@ -93,6 +96,8 @@ def fit(
     clock = Clock(minutes * 60 if minutes else None, started=started, reserve=_RESERVE_SECONDS)
     path, corpus = processes.everywhere(lambda: _read(given))
     split = split_corpus(corpus, recipe.data, seed=recipe.train.seed)
+    if pseudo_queries:
+        split = dataclasses.replace(split, pseudo=read_pseudo_queries(pseudo_queries, corpus))
     begun = _stage_one(home, recipe, corpus, split, stage) if stage_one else None
     _claim(out, recipe, _identity_of_run(recipe, corpus, split, begun))
     last = stage or (2 if recipe.contrastive.wanted else 1)
@@ -254,6 +259,7 @@ def _stage_one(
 
 def _identity(recipe: dict[str, Any], corpus: Corpus, split: Split, *more: str) -> str:
     content = [recipe, documents_digest(corpus.documents), split.pairs, split.dev_qrels, *more]
+    content += [list(split.pseudo)] if split.pseudo else []
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -336,6 +342,7 @@ def _about(
         "dev": result.dev,
         "training": {
             "pairs": len(split.pairs),
+            "pseudo_queries": len(split.pseudo),
             "dev_queries": len(split.dev_queries),
             "dev_beam": DEV_BEAM,
             "steps": first.steps + (second.result.steps if second else 0),

@@ -88,6 +88,7 @@ class DataConfig:
         decides: 8 / (8 + p), but between 0.3 and 0.7, because few queries a document are soon
         learnt by heart and pieces of the text are what is left to learn from.
       title_share, frame_share, word_dropout: see `genret_jax.data.tasks.register`.
+      pseudo_share: share of pseudo-queries among the queries learned from, where some are given.
       indexing_passes: pieces drawn of each document, for the whole training, at most.
       input_length: encoder tokens; 0 lets the train queries decide (99 % of them fit).
       dev_queries: queries of an evaluation during training, at most.
@@ -98,6 +99,7 @@ class DataConfig:
     title_share: float = 0.3
     frame_share: float = 0.5
     word_dropout: float = 0.0
+    pseudo_share: float = 0.5
     indexing_passes: int = 8
     input_length: int = 0
     dev_queries: int = 1000
@@ -215,6 +217,51 @@ class ContrastiveConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class GenerationConfig:
+    """A generator of queries and how it is sampled.
+
+    Attributes:
+      document_length: tokens of a passage of a document, EOS included.
+      passages: of a document, at most, each with the beginning of its title; their queries are
+        sampled in turn.
+      query_length: pieces of a query, EOS included; longer train queries are cut.
+      copying: whether pieces may be copied; see `genret_jax.modeling.query_generator`.
+      top_k, temperature: see `QueryGenerator.sample`.
+      held_out: share of the documents with train queries whose queries choose the best parameters
+        and are not trained on.
+      dev_pairs: of those, at most.
+      batch_size: passages of a batch while sampling.
+    """
+
+    document_length: int = 64
+    passages: int = 8
+    query_length: int = 32
+    copying: bool = True
+    top_k: int = 20
+    temperature: float = 1.0
+    held_out: float = 0.05
+    dev_pairs: int = 1000
+    batch_size: int = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class GeneratorRecipe:
+    """Everything that decides what a generator of queries is, besides its corpus.
+
+    `train.start` and `train.metric` are a retriever's and not looked at.
+    """
+
+    network: NetworkConfig
+    vocabulary: VocabularyConfig
+    loss: LossConfig
+    train: TrainConfig
+    generation: GenerationConfig
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass(frozen=True)
 class Recipe:
     """Everything that decides what a run does, besides its corpus.
 
@@ -244,6 +291,7 @@ _PARTS = {
     "loss": LossConfig,
     "train": TrainConfig,
     "contrastive": ContrastiveConfig,
+    "generation": GenerationConfig,
 }
 _CONFIGURABLE = {
     name: gin.external_configurable(part, name=part.__name__) for name, part in _PARTS.items()
@@ -275,7 +323,7 @@ def configured(method: str = "gin") -> Recipe:
     Raises:
       UserError: for a value of the wrong type or range.
     """
-    parts = _parts()
+    parts = _parts(Recipe)
     init = parts["train"].init
     if not init:
         return Recipe(method=method, **parts)
@@ -288,9 +336,10 @@ def configured(method: str = "gin") -> Recipe:
     return Recipe(method=method, checkpoint=checkpoint.digest, **parts)
 
 
-def _parts() -> dict[str, Any]:
-    """What gin's present configuration says, checked."""
-    parts = {name: make() for name, make in _CONFIGURABLE.items()}
+def _parts(recipe: type) -> dict[str, Any]:
+    """The parts of a kind of recipe as gin's present configuration has them, checked."""
+    names = [field.name for field in dataclasses.fields(recipe) if field.name in _PARTS]
+    parts = {name: _CONFIGURABLE[name]() for name in names}
     for part in parts.values():
         _check(part)
     return parts
@@ -319,13 +368,9 @@ def load_recipe(
         wrong type or range, or one that contradicts the pretrained T5.
     """
     base = _named("method", "methods", method, methods())
-    files = [_named("size", "models", size, sizes())] if size else []
-    files += [Path(f) for f in gin_files]
-    for file in files:
-        if not file.is_file():
-            raise UserError(f"{file}: no such gin file")
+    files, what = _files(size, gin_files), f"method {method}"
     lines = [*bindings, *([f"TrainConfig.init = {init!r}"] if init is not None else [])]
-    parts = _read(method, [base, *files], lines)
+    parts = _read(Recipe, [base, *files], lines, what=what)
     if parts["train"].init:
         checkpoint = open_checkpoint(parts["train"].init)
         dropout = {"NetworkConfig.dropout_rate": checkpoint.config.dropout_rate}
@@ -334,7 +379,7 @@ def load_recipe(
             gin_folder() / _PRETRAINED,
             *(f"{k} = {v!r}" for k, v in said.items()),
         ]
-        parts = _read(method, [base, *layer, *files], lines)
+        parts = _read(Recipe, [base, *layer, *files], lines, what=what)
         _check_agreement(parts, checkpoint)
         if Path(parts["train"].init).expanduser().is_dir():  # one run, from wherever it is asked
             parts["train"] = dataclasses.replace(parts["train"], init=str(checkpoint.folder))
@@ -344,7 +389,31 @@ def load_recipe(
     return Recipe(method=method, **parts)
 
 
-def _read(method: str, sources: Sequence[Path | str], bindings: Sequence[str]) -> dict[str, Any]:
+def load_generator_recipe(
+    *,
+    size: str | None = None,
+    gin_files: Sequence[str | Path] = (),
+    bindings: Sequence[str] = (),
+) -> GeneratorRecipe:
+    """The same for a generator of queries, which begins with generators/doc2query.gin."""
+    base = gin_folder() / "generators" / "doc2query.gin"
+    sources = [base, *_files(size, gin_files)]
+    return GeneratorRecipe(**_read(GeneratorRecipe, sources, bindings, what="the query generator"))
+
+
+def _files(size: str | None, more: Sequence[str | Path]) -> list[Path]:
+    """Gin files that exist: of a size, and further ones."""
+    files = [_named("size", "models", size, sizes())] if size else []
+    files += map(Path, more)
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"{file}: no such gin file")
+    return files
+
+
+def _read(
+    recipe: type, sources: Sequence[Path | str], bindings: Sequence[str], *, what: str
+) -> dict[str, Any]:
     """The parts of a recipe from gin files (paths) and lines of gin, each over the last."""
     gin.clear_config()
     gin.add_config_file_search_path(str(gin_folder()))
@@ -356,10 +425,10 @@ def _read(method: str, sources: Sequence[Path | str], bindings: Sequence[str]) -
             else:
                 gin.parse_config(source)
         gin.parse_config(list(bindings))
-        return _parts()
+        return _parts(recipe)
     except (ValueError, SyntaxError, TypeError, AttributeError, OSError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise UserError(f"recipe of method {method}: {lines[0] if lines else error!r}") from None
+        raise UserError(f"recipe of {what}: {lines[0] if lines else error!r}") from None
     finally:
         logging.disable(logging.NOTSET)
         gin.clear_config()
@@ -394,6 +463,7 @@ _SHARES = (
     "title_share",
     "frame_share",
     "word_dropout",
+    "pseudo_share",
     "held_out",
     "label_smoothing",
     "share",

@@ -93,6 +93,7 @@ class Retriever:
         out: str | Path,
         method: str = "dogr",
         minutes: float | None = None,
+        pseudo_queries: str | Path | None = None,
         **recipe: Any,
     ) -> Retriever:
         """Trains a retriever: `genret fit` from Python.
@@ -102,13 +103,20 @@ class Retriever:
           out: folder of the run; a run that was interrupted goes on from its checkpoint.
           method: name of a method.
           minutes: time budget for everything; the recipe's steps without it.
+          pseudo_queries: file of `genret pseudo-queries` to learn from, too.
           **recipe: `size`, `init` (a pretrained T5), `gin_files`, `bindings` of
             `genret_jax.recipe.load_recipe`.
         """
         from genret_jax.fit import fit
         from genret_jax.recipe import load_recipe
 
-        return fit(corpus, recipe=load_recipe(method, **recipe), out=out, minutes=minutes)
+        return fit(
+            corpus,
+            recipe=load_recipe(method, **recipe),
+            out=out,
+            minutes=minutes,
+            pseudo_queries=pseudo_queries,
+        )
 
     @functools.cached_property
     def ranker(self) -> Ranker:

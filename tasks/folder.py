@@ -25,6 +25,7 @@ from genret_jax.data.vocabulary import SeqioVocabulary
 from genret_jax.errors import UserError
 from genret_jax.indexing import Index
 from genret_jax.negatives import Negatives, known_positives
+from genret_jax.pseudo_queries import read_pseudo_queries
 from genret_jax.recipe import Recipe, load_recipe
 from genret_jax.splitting import split_corpus
 from genret_jax.stages.common import Materials
@@ -37,7 +38,8 @@ log = logging.getLogger(__name__)
 @dataclasses.dataclass(frozen=True)
 class Registered:
     """Attributes:
-    mixture: name of the mixture; NAME_retrieval and NAME_indexing are its tasks.
+    mixture: name of the mixture; NAME_retrieval, NAME_indexing and, with pseudo-queries,
+      NAME_pseudo are its tasks.
     lengths: {"inputs", "targets"}: what `task_feature_lengths` should be.
     """
 
@@ -46,7 +48,12 @@ class Registered:
 
 
 def register_folder(
-    corpus: str, run: str, *, name: str = "folder", recipe: Recipe | None = None
+    corpus: str,
+    run: str,
+    *,
+    name: str = "folder",
+    recipe: Recipe | None = None,
+    pseudo_queries: str | None = None,
 ) -> Registered:
     """Registers retrieval, indexing and their mixture for a corpus and its index.
 
@@ -55,8 +62,9 @@ def register_folder(
       run: folder with the index of that corpus.
       name: of the mixture.
       recipe: of the run, for rates and lengths; method dogr's by default.
+      pseudo_queries: file of generated queries to learn from, too.
     """
-    return register_materials(_open(corpus, run, recipe), name=name)
+    return register_materials(_open(corpus, run, recipe, pseudo_queries), name=name)
 
 
 def register_folder_contrastive(
@@ -66,17 +74,18 @@ def register_folder_contrastive(
     name: str = "folder_contrastive",
     recipe: Recipe | None = None,
     step: int = 0,
+    pseudo_queries: str | None = None,
 ) -> Registered:
     """Registers the tasks of the second stage, to be read with `ContrastiveFeatureConverter`.
 
     Args:
-      corpus, run, name, recipe: see `register_folder`.
+      corpus, run, name, recipe, pseudo_queries: see `register_folder`.
       step: of the second stage at which the negatives were mined.
 
     Raises:
       UserError: see `register_contrastive_materials`.
     """
-    materials = _open(corpus, run, recipe)
+    materials = _open(corpus, run, recipe, pseudo_queries)
     config = materials.recipe.contrastive
     counts = config.prefix_negatives, config.retrieved_negatives
     return register_contrastive_materials(materials, Path(run), name=name, counts=counts, step=step)
@@ -113,7 +122,7 @@ def register_contrastive_materials(
       UserError: the negatives are of another corpus, or of other train queries.
     """
     config = materials.recipe.contrastive
-    positives = known_positives(materials.split.pairs)
+    positives = known_positives(materials.split.all_pairs)
     questions = Questions.of(positives, materials.documents)
     docids = materials.index.vocabulary.docids
     side = DocumentSide.of(materials.examples, positives, docids, config)
@@ -142,10 +151,12 @@ def register_contrastive_materials(
     return Registered(name, {**_lengths(materials), **lengths})
 
 
-def _open(corpus: str, run: str, recipe: Recipe | None) -> Materials:
+def _open(corpus: str, run: str, recipe: Recipe | None, pseudo_queries: str | None) -> Materials:
     recipe = recipe or load_recipe("dogr")
     read = read_corpus(corpus)
     split = split_corpus(read, recipe.data, seed=recipe.train.seed)
+    if pseudo_queries:
+        split = dataclasses.replace(split, pseudo=read_pseudo_queries(pseudo_queries, read))
     return Materials(read.documents, split, Index.load(Path(run) / "index"), recipe)
 
 

@@ -23,6 +23,7 @@ from genret_jax.data.query_tasks import register_queries
 from genret_jax.errors import UserError
 from genret_jax.indexing import Index, build_index
 from genret_jax.modeling.model import Params
+from genret_jax.pseudo_queries import read_pseudo_queries
 from genret_jax.recipe import configured
 from genret_jax.splitting import split_corpus
 from genret_jax.stages.common import Materials
@@ -39,10 +40,12 @@ class Place:
     """Attributes:
     corpus: BEIR folder.
     run: folder of the run; gets index/, and for stage 2 ranking/negatives/.
+    pseudo_queries: file of generated queries to learn from, too; "" for none.
     """
 
     corpus: str = ""
     run: str = ""
+    pseudo_queries: str = ""
 
 
 _place = gin.external_configurable(Place, name="Place")
@@ -106,7 +109,7 @@ def _key() -> str:
     place, recipe = _place(), configured()
     if not place.corpus or not place.run:
         raise UserError("Place.corpus and Place.run are not set; give --gin.CORPUS and --gin.RUN")
-    return json.dumps([place.corpus, place.run, recipe.to_dict()], sort_keys=True)
+    return json.dumps([*dataclasses.astuple(place), recipe.to_dict()], sort_keys=True)
 
 
 @functools.cache
@@ -117,6 +120,9 @@ def _materials(key: str) -> Materials:
     for warning in read.warnings:
         log.warning("%s", warning)
     split = split_corpus(read, recipe.data, seed=recipe.train.seed)
+    if place.pseudo_queries:
+        pseudo = read_pseudo_queries(place.pseudo_queries, read)
+        split = dataclasses.replace(split, pseudo=pseudo)
 
     def made() -> Index:
         return build_index(

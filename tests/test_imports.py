@@ -20,7 +20,7 @@ ROOMS = """
     docids trie vocabularies decoding
     modeling pretrained scoring ranking vectors
     recipe splitting indexing negatives data training
-    weights retriever export stages t5x fit ablation quickstart
+    weights retriever export pseudo_queries stages t5x fit ablation quickstart
     __init__ cli __main__
 """.split()  # noqa: SIM905
 

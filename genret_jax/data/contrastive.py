@@ -99,11 +99,12 @@ def known_documents(
     """The document and the row of Questions of every example of a task, in its order.
 
     Args:
-      task: its name, which ends in "retrieval" or "indexing".
+      task: its name, which ends in "retrieval", "pseudo" or "indexing".
       examples, positives: of the same train pairs.
     """
-    if task.endswith("retrieval"):
-        document, question = examples.query_documents, positives.query_of
+    if pairs := examples.query_tasks.get(task.rpartition("_")[2]):
+        here = slice(pairs.start, pairs.stop)
+        document, question = examples.query_documents[here], positives.query_of[here]
     else:
         document = np.arange(len(examples.document_rows))
         question = len(positives.queries) + document

@@ -64,7 +64,13 @@ class Materials:
     @functools.cached_property
     def examples(self) -> TrainingExamples:
         index = self.index
-        return make_examples(self.documents, self.split.pairs, index.vocabulary, index.table)
+        return make_examples(
+            self.documents,
+            self.split.all_pairs,
+            index.vocabulary,
+            index.table,
+            pseudo=len(self.split.pseudo),
+        )
 
     @functools.cached_property
     def document_ids(self) -> list[str]:
@@ -103,14 +109,19 @@ class Materials:
             "title_share": data.title_share,
             "frame_share": data.frame_share,
             "word_dropout": data.word_dropout,
+            "pseudo_share": data.pseudo_share,
         }
 
     @functools.cached_property
     def pools(self) -> list[Pool]:
         """The tasks of the mixture, read into memory."""
         data, examples, settings = self.recipe.data, self.examples, self.task_settings
-        share = 100 * settings["indexing_share"]
-        log.info("%d train pairs; %.0f %% indexing examples", len(examples.queries), share)
+        log.info(
+            "%d train pairs, %d pseudo-queries; %.0f %% indexing examples",
+            examples.real,
+            examples.pseudo,
+            100 * settings["indexing_share"],
+        )
         register(_TASKS, examples, SeqioVocabulary(self.index.vocabulary), **settings)
         most = max(1, _MOST_PIECES // len(self.documents))
         return materialise(

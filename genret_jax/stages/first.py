@@ -40,7 +40,7 @@ def take_docids(materials: Materials, params: Params, step: int) -> TrainResult:
 
 
 def starting(materials: Materials) -> Callable[[Params], Params] | None:
-    """Fresh parameters -> those to begin with, as the recipe wants them; None for the fresh ones."""
+    """Fresh parameters -> those to begin with; None where the recipe wants the fresh ones."""
     config, model = materials.recipe.train, materials.model
     if config.start == "random":
         return None

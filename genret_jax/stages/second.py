@@ -129,7 +129,7 @@ def train_ranking(materials: Materials, params: Params, folder: Path, clock: Clo
 
 def take_ranking(materials: Materials, params: Params, step: int) -> SecondStage:
     """What `train_ranking` makes, of parameters that were trained elsewhere, at `step`."""
-    positives = known_positives(materials.split.pairs)
+    positives = known_positives(materials.split.all_pairs)
     docids = materials.index.vocabulary.docids
     config = materials.recipe.contrastive
     encoder = DocumentEncoder(
@@ -199,7 +199,7 @@ class Miner:
 
     def __init__(self, materials: Materials, folder: Path, clock: Clock | None = None):
         self._materials, self._folder, self._clock = materials, folder, clock or Clock(None)
-        self.positives = known_positives(materials.split.pairs)
+        self.positives = known_positives(materials.split.all_pairs)
         self.questions = Questions.of(self.positives, materials.documents)
 
     def negatives(self, step: int, params: Params) -> Negatives:

@@ -8,7 +8,7 @@ from typing import Any
 
 from genret_jax.files import replace_on_success
 
-_SHOWN = ("hits@1", "mrr@10", "hits@10")
+_SHOWN = ("hits@1", "mrr@10", "hits@10", "token_probability")
 
 
 def draw_curves(records: Sequence[dict[str, Any]], path: str | Path, *, title: str = "") -> None:
@@ -29,7 +29,7 @@ def draw_curves(records: Sequence[dict[str, Any]], path: str | Path, *, title: s
     left, right = figure.subplots(1, 2)
     steps = [r["step"] for r in train]
     left.plot(steps, [r["cross_entropy"] for r in train], color="C0")
-    left.set(xlabel="step", ylabel="cross-entropy a docid token (nats)", title="training loss")
+    left.set(xlabel="step", ylabel="cross-entropy a token (nats)", title="training loss")
     if train:
         left.set_ylim(bottom=0)
     for i, name in enumerate(n for n in _SHOWN if dev and n in dev[0]):
@@ -42,7 +42,7 @@ def draw_curves(records: Sequence[dict[str, Any]], path: str | Path, *, title: s
             xytext=(6, -3),
             color=f"C{i + 1}",
         )
-    right.set(xlabel="step", title="dev, by constrained beam search", ylim=(0, 1))
+    right.set(xlabel="step", title="dev", ylim=(0, 1))
     if dev:
         right.legend(loc="lower right")
     for axes in (left, right):
