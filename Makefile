@@ -9,13 +9,16 @@ PIP := $(RUN) pip --disable-pip-version-check
 LOCKED := $(VENV)/.locked
 INSTALLED := $(VENV)/.installed
 
-.PHONY: quickstart test lint format clean
+.PHONY: quickstart test test-t5x lint format clean
 
 quickstart: $(INSTALLED)  ## trains a small retriever, evaluates it, and searches
 	$(VENV)/bin/genret quickstart
 
 test: lint  ## style, types, then all tests
 	$(RUN) pytest -q
+
+test-t5x: $(INSTALLED)  ## what needs T5X; says so where it is not installed
+	$(RUN) pytest -q -m t5x -rs
 
 lint: $(INSTALLED)  ## style, shell scripts and types; changes nothing
 	$(RUN) ruff check .

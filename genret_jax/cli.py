@@ -76,6 +76,16 @@ def _print(arguments: argparse.Namespace, value: dict[str, Any], text: str) -> N
 
 
 def fit(arguments: argparse.Namespace) -> None:
+    from genret_jax.training import processes
+
+    processes.start(
+        coordinator=arguments.coordinator,
+        processes=arguments.processes,
+        process=arguments.process,
+    )
+    if not processes.is_first():
+        log.setLevel(logging.WARNING)
+
     from genret_jax.searchers import fit_method
 
     retriever = fit_method(
@@ -85,7 +95,13 @@ def fit(arguments: argparse.Namespace) -> None:
         minutes=arguments.minutes,
         started=arguments.started,
         stage=arguments.stage,
+        from_t5x=arguments.from_t5x,
+        profile=arguments.profile,
+        peak_flops=arguments.peak_flops,
+        pseudo_queries=arguments.pseudo_queries,
     )
+    if not processes.is_first():
+        return
     about = retriever.about
     dev = ", ".join(f"{name} {value:.3f}" for name, value in about["dev"].items())
     _print(
@@ -95,6 +111,28 @@ def fit(arguments: argparse.Namespace) -> None:
         f"{about['training']['seconds'] / 60:.1f} minutes; dev {dev or 'not measured'}\n"
         f'Next: genret search {arguments.out} "your question"',
     )
+
+
+def pseudo_queries(arguments: argparse.Namespace) -> None:
+    from genret_jax.pseudo_queries.run import generate
+    from genret_jax.recipe import load_generator_recipe
+
+    report = generate(
+        arguments.corpus,
+        recipe=load_generator_recipe(
+            size=arguments.size, gin_files=arguments.gin_file, bindings=arguments.gin
+        ),
+        out=arguments.out,
+        per_document=arguments.per_document,
+        round_trip=arguments.round_trip,
+        minutes=arguments.minutes,
+        started=arguments.started,
+    )
+    text = (
+        f"{_lines_of(report)}\nNext: genret fit {arguments.corpus} --out RUN "
+        f"--pseudo-queries {arguments.out}"
+    )
+    _print(arguments, {"out": str(arguments.out), **report}, text)
 
 
 def search(arguments: argparse.Namespace) -> None:
@@ -260,6 +298,14 @@ def info(arguments: argparse.Namespace) -> None:
     _print(arguments, about, _lines_of(about))
 
 
+def export(arguments: argparse.Namespace) -> None:
+    from genret_jax.export import export_retriever
+    from genret_jax.retriever import Retriever
+
+    about = export_retriever(Retriever.load(arguments.run_folder), arguments.out)
+    _print(arguments, about, _lines_of(about))
+
+
 def quickstart(arguments: argparse.Namespace) -> None:
     from genret_jax.quickstart.run import run_quickstart
 
@@ -275,7 +321,11 @@ def _recipe(arguments: argparse.Namespace) -> Recipe:
         bindings = [f"DocidConfig.kind = {arguments.docids!r}", "DocidConfig.settings = {}"]
     bindings += arguments.gin
     return load_recipe(
-        arguments.method, size=arguments.size, gin_files=arguments.gin_file, bindings=bindings
+        arguments.method,
+        size=arguments.size,
+        init=arguments.init,
+        gin_files=arguments.gin_file,
+        bindings=bindings,
     )
 
 
@@ -326,7 +376,7 @@ def _parser() -> argparse.ArgumentParser:
 
     def verb(run: Callable[..., int | None], help: str, example: str) -> argparse.ArgumentParser:
         command = verbs.add_parser(
-            run.__name__,
+            run.__name__.replace("_", "-"),
             help=help,
             description=f"{help}\n\nExample:\n  {example}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -343,7 +393,33 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--stage", type=int, help="1: docids alone; 2: go on from there (default: all)"
     )
+    command.add_argument(
+        "--from-t5x",
+        metavar="MODEL_DIR",
+        help="take this stage's parameters from T5X's training instead of training it here",
+    )
+    command.add_argument(
+        "--profile", action="store_true", help="trace a few steps of each stage to RUN/profile"
+    )
+    command.add_argument(
+        "--peak-flops",
+        type=float,
+        help="FLOP/s of a device, for its utilisation in metrics.jsonl (default: of its kind)",
+    )
+    command.add_argument(
+        "--pseudo-queries",
+        metavar="FILE",
+        help="learn from these, too; `genret pseudo-queries` makes them",
+    )
     _add_recipe_options(command)
+    _add_process_options(command)
+
+    command = verb(
+        pseudo_queries,
+        "train a generator on the train queries and write queries of every document",
+        "genret pseudo-queries my_corpus --out runs/pseudo_queries.jsonl --minutes 10",
+    )
+    _add_pseudo_query_options(command)
 
     command = verb(search, "search a retriever", 'genret search runs/mine "who fixes lifts?" -k 5')
     command.add_argument("run_folder", metavar="RUN", help="folder of a fit, or a retriever folder")
@@ -398,6 +474,14 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     command = verb(
+        export,
+        "write a retriever's T5 as a Hugging Face folder",
+        "genret export runs/mine --out exported",
+    )
+    command.add_argument("run_folder", metavar="RUN", help="folder of a fit, or a retriever folder")
+    command.add_argument("--out", required=True, help="the folder; made")
+
+    command = verb(
         quickstart,
         "train on Python's own standard library and search it (3 minutes)",
         "genret quickstart",
@@ -418,6 +502,46 @@ def _add_recipe_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("corpus", help="BEIR folder, or a corpus.jsonl[.gz]")
     command.add_argument("--method", default="dogr", help="what to train (default dogr)")
     command.add_argument("--docids", help="kind of identifiers, instead of the method's own")
+    command.add_argument(
+        "--init",
+        metavar="T5",
+        help="begin with a pretrained T5: a Hugging Face folder, or a name such as "
+        "google/flan-t5-small",
+    )
+    _add_gin_options(command)
+
+
+def _add_process_options(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group(
+        "several processes", "the same command for each; --out on a file system that all see"
+    )
+    group.add_argument(
+        "--coordinator", metavar="HOST:PORT", help="of process 0 (or JAX_COORDINATOR_ADDRESS)"
+    )
+    group.add_argument(
+        "--processes",
+        metavar="N",
+        help="how many, or auto: ask the cluster (or JAX_NUM_PROCESSES)",
+    )
+    group.add_argument(
+        "--process", type=int, metavar="I", help="which one, from 0 (or JAX_PROCESS_ID)"
+    )
+
+
+def _add_pseudo_query_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("corpus", help="BEIR folder with train queries")
+    command.add_argument("--out", required=True, metavar="FILE", help="JSON lines; .gz packs them")
+    command.add_argument("--minutes", type=float, help="end within so many minutes, all included")
+    command.add_argument(
+        "--per-document", type=int, default=15, help="queries sampled of a document (default 15)"
+    )
+    command.add_argument(
+        "--round-trip",
+        type=int,
+        default=0,
+        metavar="K",
+        help="keep a query only where BM25 finds its document among the K best (default 0: all)",
+    )
     _add_gin_options(command)
 
 

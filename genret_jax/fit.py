@@ -5,6 +5,7 @@ RUN/
   training/    stage 1: checkpoints, metrics.jsonl, curves.png, TensorBoard events
   ranking/     stage 2, where the method has one: the same, and the negatives
   curves.png   the picture of the last stage, where a person looks first
+  profile/     traces for xprof, where they were asked for
   retriever/   the result, complete in itself; the others can be deleted once it is there
 
 A run that begins with stage 1 of another run has neither index/ nor training/ of its own.
@@ -25,15 +26,20 @@ import jax
 from genret_jax.corpus import Corpus, read_corpus
 from genret_jax.errors import UserError
 from genret_jax.files import replace_on_success
-from genret_jax.indexing import build_index, documents_digest
+from genret_jax.indexing import Index, build_index, documents_digest
+from genret_jax.modeling.model import Params
+from genret_jax.pseudo_queries import read_pseudo_queries
 from genret_jax.recipe import Recipe
 from genret_jax.retriever import Retriever, find_retriever, write_retriever
 from genret_jax.splitting import Split, split_corpus
 from genret_jax.stages.common import DEV_BEAM, Materials
-from genret_jax.stages.first import train_docids
+from genret_jax.stages.first import take_docids, train_docids
 from genret_jax.stages.margin import train_margin
-from genret_jax.stages.second import SecondStage, train_ranking
+from genret_jax.stages.second import SecondStage, take_ranking, train_ranking
+from genret_jax.t5x import checkpoint
+from genret_jax.training import processes
 from genret_jax.training.budget import Clock
+from genret_jax.training.profiling import Measuring
 from genret_jax.training.trainer import TrainResult
 
 log = logging.getLogger(__name__)
@@ -50,6 +56,10 @@ def fit(
     started: float | None = None,
     stage: int | None = None,
     stage_one: str | Path | None = None,
+    from_t5x: str | Path | None = None,
+    profile: bool = False,
+    peak_flops: float | None = None,
+    pseudo_queries: str | Path | None = None,
 ) -> Retriever:
     """Trains a retriever over a corpus, or goes on where an interrupted run stopped.
 
@@ -65,6 +75,15 @@ def fit(
       stage_one: folder of another run whose retriever is of stage 1: its index and parameters are
         taken, and only stage 2 is trained here. Its recipe may differ in ContrastiveConfig alone;
         its time counts as this run's.
+      from_t5x: MODEL_DIR of T5X, or a checkpoint in it: the stage's parameters are taken from
+        there instead of trained. The recipe must be that of T5X's gin files.
+      profile: writes a trace of a few steps of every stage to profile/, for xprof.
+      peak_flops: FLOP/s of one device, by which the utilisation in metrics.jsonl is measured; by
+        default what is known of its kind.
+      pseudo_queries: file of `genret pseudo-queries`, learned from beside the train queries.
+
+    Several processes that joined (`genret_jax.training.processes.start`) train together when each
+    of them makes the same call; `out` is on a file system that all see, and the first one writes.
 
     Returns:
       The retriever with the parameters that were best on dev.
@@ -73,58 +92,78 @@ def fit(
       UserError: for a mistake in the corpus or the recipe, or a folder of another run.
       Interrupted: after SIGTERM or Ctrl-C, once a checkpoint is written.
     """
-    _check(recipe, minutes, stage)
-    out, home = Path(out), Path(stage_one or out)
+    _check(recipe, minutes, stage, from_t5x, peak_flops)
+    out, home, given = Path(out), Path(stage_one or out), corpus
     clock = Clock(minutes * 60 if minutes else None, started=started, reserve=_RESERVE_SECONDS)
-    path, corpus = read_given(corpus)
+    path, corpus = processes.everywhere(lambda: read_given(given))
     split = split_corpus(corpus, recipe.data, seed=recipe.train.seed)
+    if pseudo_queries:
+        split = dataclasses.replace(split, pseudo=read_pseudo_queries(pseudo_queries, corpus))
     begun = _stage_one(home, recipe, corpus, split, stage) if stage_one else None
-    more = [begun.digest] if begun else []
-    claim(out, recipe, _identity(recipe.to_dict(), corpus, split, *more))
+    claim(out, recipe, _identity_of_run(recipe, corpus, split, begun))
     last = stage or (2 if recipe.contrastive.wanted else 1)
     there = _stage_of(out)
-    if stage == 2 and there == 1 and not begun and not (out / "training" / "checkpoints").is_dir():
-        raise UserError(
-            f"{out}: the checkpoints of stage 1 are gone, and stage 2 begins with them; fit again "
-            "with another --out"
-        )
     if there >= last:
         log.info("%s: already fitted", out)
         return Retriever.load(out)
     if stage == 2 and there < 1 and not begun:
         raise UserError(f"{out}: stage 1 is not done here; run `genret fit` with --stage 1 first")
-    materials = _materials(corpus, split, recipe, home / "index")
+    if there == 1 and not begun and not (out / "training" / "checkpoints").is_dir():
+        begun = _stage_one(out, recipe, corpus, split, stage)  # trained elsewhere, or tidied up
+    measuring = Measuring(out / "profile" if profile else None, peak_flops)
+    materials = _materials(corpus, split, recipe, home / "index", measuring)
+    taken = from_t5x and _of_t5x(materials, from_t5x)
     if clock.seconds and last == 2 and stage is None:
         clock.seconds *= 1 - recipe.contrastive.share
     if begun:
         clock.resume(begun.seconds)
-    first = begun.result if begun else train_docids(materials, out / "training", clock)
+    if begun:
+        first = begun.result
+    elif taken and last == 1:
+        first = take_docids(materials, *taken)
+    else:
+        first = train_docids(materials, out / "training", clock)
     second = None
     if last == 2:
         if minutes:
             clock.seconds = minutes * 60
         if stage == 2 and not begun:  # the budget is this stage's alone
             clock.resume(0.0)
-        if clock.seconds and clock.elapsed > clock.seconds - clock.reserve:
+        if clock.seconds and processes.broadcast(clock.elapsed) > clock.seconds - clock.reserve:
             raise UserError(
                 f"{out}: stage 1 has used {clock.elapsed / 60:.1f} of {minutes:g} minutes, and "
                 "nothing is left for stage 2; raise --minutes, or give --stage 2"
             )
-        train_second = train_margin if recipe.contrastive.rank else train_ranking
-        second = train_second(materials, first.params, out / "ranking", clock)
+        if taken:
+            second = take_ranking(materials, *taken)
+        else:
+            train_second = train_margin if recipe.contrastive.rank else train_ranking
+            second = train_second(materials, first.params, out / "ranking", clock)
     about = _about(materials, corpus, path, first, second)
     about["training"]["seconds"] = round(clock.elapsed, 1)
-    write_retriever(
-        (second.result if second else first).params,
-        about,
-        index_folder=home / "index",
-        folder=out / "retriever",
-        vectors=second.vectors if second else None,
-    )
-    curves = out / ("ranking" if second else "training") / "curves.png"
-    if curves.exists():
-        shutil.copyfile(curves, out / "curves.png")
+
+    def write() -> None:
+        write_retriever(
+            (second.result if second else first).params,
+            about,
+            index_folder=home / "index",
+            folder=out / "retriever",
+            vectors=second.vectors if second else None,
+        )
+        curves = out / ("ranking" if second else "training") / "curves.png"
+        if curves.exists():
+            shutil.copyfile(curves, out / "curves.png")
+
+    processes.on_first(write)
+    processes.see(out / "retriever" / "retriever.json")
     return Retriever.load(find_retriever(out))
+
+
+def _of_t5x(materials: Materials, folder: str | Path) -> tuple[Params, int]:
+    """Parameters of a checkpoint of T5X, and its step."""
+    found = checkpoint.latest(folder)
+    like, _ = jax.eval_shape(lambda rng: (materials.model.init(rng)[0], 0), jax.random.key(0))
+    return checkpoint.load_params(found, like), checkpoint.step_of(found)
 
 
 def check_minutes(minutes: float | None) -> None:
@@ -133,7 +172,19 @@ def check_minutes(minutes: float | None) -> None:
         raise UserError(f"minutes must be a number above 0, found {minutes}")
 
 
-def _check(recipe: Recipe, minutes: float | None, stage: int | None) -> None:
+def _check(
+    recipe: Recipe,
+    minutes: float | None,
+    stage: int | None,
+    from_t5x: str | Path | None,
+    peak_flops: float | None,
+) -> None:
+    if from_t5x and stage is None:
+        raise UserError("--from-t5x takes one stage; give --stage 1 or --stage 2")
+    if from_t5x and stage == 2 and recipe.contrastive.rank:
+        raise UserError("--from-t5x takes a contrastive stage 2; ContrastiveConfig.rank has none")
+    if peak_flops is not None and not 0 < peak_flops < float("inf"):
+        raise UserError(f"peak_flops must be a number above 0, such as 197e12, found {peak_flops}")
     check_minutes(minutes)
     if recipe.searcher.module:
         raise UserError(
@@ -152,10 +203,10 @@ def _check(recipe: Recipe, minutes: float | None, stage: int | None) -> None:
             f"method {recipe.method} has one stage; choose dogr, or give "
             "ContrastiveConfig.retrieval a weight above 0"
         )
-    if jax.process_count() > 1:
+    if processes.count() > 1 and not jax.distributed.is_initialized():
         raise UserError(
-            f"{jax.process_count()} processes were started, but `genret fit` runs in one; "
-            "start it once, with all devices of the machine"
+            f"{processes.count()} processes see one another's devices but have not joined; start "
+            "each with --processes auto, or call jax.distributed.initialize() first"
         )
 
 
@@ -228,7 +279,18 @@ def _stage_one(
 
 def _identity(recipe: dict[str, Any], corpus: Corpus, split: Split, *more: str) -> str:
     content = [recipe, documents_digest(corpus.documents), split.pairs, split.dev_qrels, *more]
+    content += [list(split.pseudo)] if split.pseudo else []
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _identity_of_run(recipe: Recipe, corpus: Corpus, split: Split, begun: _StageOne | None) -> str:
+    """Of a run's recipe and corpus, which all processes must have been given alike."""
+    digest = _identity(recipe.to_dict(), corpus, split, *([begun.digest] if begun else []))
+    if len(set(processes.gather(digest))) > 1:
+        raise UserError(
+            "the processes were given different recipes or corpora; start all with one command"
+        )
+    return digest
 
 
 def claim(out: Path, recipe: Recipe, digest: str) -> None:
@@ -242,32 +304,50 @@ def claim(out: Path, recipe: Recipe, digest: str) -> None:
     Raises:
       UserError: the folder is of another run, or of no run.
     """
-    mark = out / "run.json"
-    made = any((out / name).exists() for name in ("index", "training", "ranking", "retriever"))
-    if mark.is_file() and made:
-        if json.loads(mark.read_text()).get("run") != digest:
-            raise UserError(
-                f"{out}: holds a run of another recipe or corpus; choose another --out, "
-                "or delete the folder"
-            )
-        return
-    # A name with a dot is what a killed process had not yet put into its place.
-    if out.is_dir() and not made and any(p != mark and p.name[0] != "." for p in out.iterdir()):
-        raise UserError(f"{out}: exists and is not a run of genret_jax; choose another --out")
-    with replace_on_success(mark) as temporary:
-        temporary.write_text(json.dumps({"run": digest, "recipe": recipe.to_dict()}, indent=1))
+
+    def put_mark() -> None:
+        mark = out / "run.json"
+        made = any((out / name).exists() for name in ("index", "training", "ranking", "retriever"))
+        if mark.is_file() and made:
+            found = json.loads(mark.read_text())
+            if found.get("run") != digest:
+                before = found.get("recipe", {}).get("checkpoint", "")
+                if recipe.checkpoint != before and recipe.checkpoint and before:
+                    raise UserError(
+                        f"{out}: was begun with other files than those now at "
+                        f"{recipe.train.init}; put those back, or choose another --out"
+                    )
+                raise UserError(
+                    f"{out}: holds a run of another recipe or corpus; choose another --out, "
+                    "or delete the folder"
+                )
+            return
+        # A name with a dot is what a killed process had not yet put into its place.
+        there = [p for p in out.iterdir() if p.name[0] != "."] if out.is_dir() else []
+        if not made and any(p != mark for p in there):
+            raise UserError(f"{out}: exists and is not a run of genret_jax; choose another --out")
+        with replace_on_success(mark) as temporary:
+            temporary.write_text(json.dumps({"run": digest, "recipe": recipe.to_dict()}, indent=1))
+
+    processes.on_first(put_mark)
+    processes.see(out / "run.json")
 
 
-def _materials(corpus: Corpus, split: Split, recipe: Recipe, folder: Path) -> Materials:
-    index = build_index(
-        corpus,
-        folder,
-        docids=recipe.docids,
-        vocabulary=recipe.vocabulary,
-        pairs=split.pairs,
-        seed=recipe.train.seed,
-    )
-    return Materials(corpus.documents, split, index, recipe)
+def _materials(
+    corpus: Corpus, split: Split, recipe: Recipe, folder: Path, measuring: Measuring
+) -> Materials:
+    def build() -> Index:
+        return build_index(
+            corpus,
+            folder,
+            docids=recipe.docids,
+            vocabulary=recipe.vocabulary,
+            pairs=split.pairs,
+            seed=recipe.train.seed,
+        )
+
+    index = processes.first_then_others(build, sees=folder / "index.json")
+    return Materials(corpus.documents, split, index, recipe, measuring)
 
 
 def _about(
@@ -290,6 +370,7 @@ def _about(
         "dev": result.dev,
         "training": {
             "pairs": len(split.pairs),
+            "pseudo_queries": len(split.pseudo),
             "dev_queries": len(split.dev_queries),
             "dev_beam": DEV_BEAM,
             "steps": first.steps + (second.result.steps if second else 0),

@@ -118,6 +118,11 @@ def build_index(
     # Queries first: SentencePiece reads a bounded number of lines.
     text_model = _text_model(vocabulary, [*(query for query, _ in pairs), *texts])
     words = Vocabulary(text_model, docid_size=2)
+    if 0 < vocabulary.rows < words.text_size:
+        raise UserError(
+            f"VocabularyConfig.rows is {vocabulary.rows}, but {words.text_size} pieces are in "
+            f"{vocabulary.model or 'the vocabulary'}; the two are not of one model"
+        )
     if docids and docids.with_queries:
         for query, position in pairs:
             texts[position] += f" {query}"
@@ -146,7 +151,7 @@ def build_index(
     }
     with replace_on_success(folder) as temporary:
         temporary.mkdir()
-        Vocabulary(text_model, table.vocab_size).save(temporary)
+        Vocabulary(text_model, table.vocab_size, vocabulary.rows).save(temporary)
         table.save(temporary / "docids")
         trie.save(temporary / "trie")
         write_documents(corpus.documents, temporary)

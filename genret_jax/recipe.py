@@ -18,9 +18,11 @@ from typing import Any
 import gin
 
 from genret_jax.errors import UserError
-from genret_jax.modeling.network import T5Config
+from genret_jax.modeling.network import FEED_FORWARD, T5Config
+from genret_jax.pretrained.checkpoint import Checkpoint, decided, open_checkpoint
 
 _PACKAGE = Path(__file__).resolve().parent
+_PRETRAINED = "pretrained.gin"  # over a method's own schedule, where it begins with a trained T5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +39,10 @@ class NetworkConfig:
     tied_embeddings: bool = False
     embedding_scale: float = 1.0
     dtype: str = "float32"
+    relative_buckets: int = 32
+    relative_max_distance: int = 128
+    feed_forward: str = "gated-gelu"
+    layer_norm_epsilon: float = 1e-6
     remat: bool = False
 
     def t5(self, vocab_size: int) -> T5Config:
@@ -65,11 +71,14 @@ class VocabularyConfig:
       size: pieces at most, where a vocabulary is trained on the corpus.
       model: path of a SentencePiece model to use instead; "" for none.
       casefold: lower-case, where one is trained.
+      rows: of the embedding before the docid tokens, as a pretrained one has them; 0 for as many
+        as there are pieces.
     """
 
     size: int = 4000
     model: str = ""
     casefold: bool = True
+    rows: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +90,7 @@ class DataConfig:
         decides: 8 / (8 + p), but between 0.3 and 0.7, because few queries a document are soon
         learnt by heart and pieces of the text are what is left to learn from.
       title_share, frame_share, word_dropout: see `genret_jax.data.tasks.register`.
+      pseudo_share: share of pseudo-queries among the queries learned from, where some are given.
       indexing_passes: pieces drawn of each document, for the whole training, at most.
       input_length: encoder tokens; 0 lets the train queries decide (99 % of them fit).
       dev_queries: queries of an evaluation during training, at most.
@@ -91,6 +101,7 @@ class DataConfig:
     title_share: float = 0.3
     frame_share: float = 0.5
     word_dropout: float = 0.0
+    pseudo_share: float = 0.5
     indexing_passes: int = 8
     input_length: int = 0
     dev_queries: int = 1000
@@ -110,8 +121,11 @@ class TrainConfig:
     """How to train.
 
     Attributes:
-      start: "random", or "lexical": parameters that match words from the first step on; see
-        `genret_jax.training.lexical_start`.
+      start: "random"; "lexical": parameters that match words from the first step on, see
+        `genret_jax.training.lexical_start`; "pretrained": those of `init`, see
+        `genret_jax.training.pretrained_start`.
+      init: a pretrained T5, as a folder or a name on the Hugging Face hub; "" for none. It decides
+        `start`, the sizes of the network, and the vocabulary.
       steps: of a run without a time budget.
       batch_size: examples of a global batch.
       optimizer, learning_rate, schedule, warmup_steps, weight_decay, anchor, clip_norm: see
@@ -124,6 +138,7 @@ class TrainConfig:
     """
 
     start: str = "random"
+    init: str = ""
     steps: int = 10_000
     batch_size: int = 256
     optimizer: str = "adamw"
@@ -202,6 +217,11 @@ class ContrastiveConfig:
     def wanted(self) -> bool:
         return self.prefix > 0 or self.retrieval > 0 or self.rank > 0
 
+    def train_config(self, config: TrainConfig) -> TrainConfig:
+        """How to train this stage: `config` with what is said here."""
+        names = ("steps", "batch_size", "learning_rate", "warmup_steps", "evaluations")
+        return dataclasses.replace(config, **{name: getattr(self, name) for name in names})
+
 
 @dataclasses.dataclass(frozen=True)
 class SearcherConfig:
@@ -218,8 +238,57 @@ class SearcherConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class GenerationConfig:
+    """A generator of queries and how it is sampled.
+
+    Attributes:
+      document_length: tokens of a passage of a document, EOS included.
+      passages: of a document, at most, each with the beginning of its title; their queries are
+        sampled in turn.
+      query_length: pieces of a query, EOS included; longer train queries are cut.
+      copying: whether pieces may be copied; see `genret_jax.modeling.query_generator`.
+      top_k, temperature: see `QueryGenerator.sample`.
+      held_out: share of the documents with train queries whose queries choose the best parameters
+        and are not trained on.
+      dev_pairs: of those, at most.
+      batch_size: passages of a batch while sampling.
+    """
+
+    document_length: int = 64
+    passages: int = 8
+    query_length: int = 32
+    copying: bool = True
+    top_k: int = 20
+    temperature: float = 1.0
+    held_out: float = 0.05
+    dev_pairs: int = 1000
+    batch_size: int = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class GeneratorRecipe:
+    """Everything that decides what a generator of queries is, besides its corpus.
+
+    `train.start` and `train.metric` are a retriever's and not looked at.
+    """
+
+    network: NetworkConfig
+    vocabulary: VocabularyConfig
+    loss: LossConfig
+    train: TrainConfig
+    generation: GenerationConfig
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass(frozen=True)
 class Recipe:
-    """Everything that decides what a run does, besides its corpus."""
+    """Everything that decides what a run does, besides its corpus.
+
+    Attributes:
+      checkpoint: digest of the files of TrainConfig.init; "" without one.
+    """
 
     method: str
     network: NetworkConfig
@@ -229,6 +298,7 @@ class Recipe:
     loss: LossConfig
     train: TrainConfig
     contrastive: ContrastiveConfig
+    checkpoint: str = ""
     searcher: SearcherConfig = SearcherConfig()
 
     def to_dict(self) -> dict[str, Any]:
@@ -244,6 +314,7 @@ _PARTS = {
     "train": TrainConfig,
     "contrastive": ContrastiveConfig,
     "searcher": SearcherConfig,
+    "generation": GenerationConfig,
 }
 _CONFIGURABLE = {
     name: gin.external_configurable(part, name=part.__name__) for name, part in _PARTS.items()
@@ -275,10 +346,42 @@ def sizes() -> list[str]:
     return sorted(p.stem for p in (gin_folder() / "models").glob("*.gin"))
 
 
+def configured(method: str = "gin") -> Recipe:
+    """The recipe that gin's present configuration describes, for programs that T5X starts.
+
+    Args:
+      method: its name, for messages and reports.
+
+    Raises:
+      UserError: for a value of the wrong type or range.
+    """
+    parts = _parts(Recipe)
+    init = parts["train"].init
+    if not init:
+        return Recipe(method=method, **parts)
+    checkpoint = open_checkpoint(init)
+    for name, value in decided(checkpoint).items():
+        part, field = name.split(".")
+        key = next(key for key, kind in _PARTS.items() if kind.__name__ == part)
+        parts[key] = dataclasses.replace(parts[key], **{field: value})
+    parts["train"] = dataclasses.replace(parts["train"], start="pretrained")
+    return Recipe(method=method, checkpoint=checkpoint.digest, **parts)
+
+
+def _parts(recipe: type) -> dict[str, Any]:
+    """The parts of a kind of recipe as gin's present configuration has them, checked."""
+    names = [field.name for field in dataclasses.fields(recipe) if field.name in _PARTS]
+    parts = {name: _CONFIGURABLE[name]() for name in names}
+    for part in parts.values():
+        _check(part)
+    return parts
+
+
 def load_recipe(
     method: str,
     *,
     size: str | None = None,
+    init: str | None = None,
     gin_files: Sequence[str | Path] = (),
     bindings: Sequence[str] = (),
 ) -> Recipe:
@@ -287,37 +390,103 @@ def load_recipe(
     Args:
       method: one of `methods()`.
       size: one of `sizes()`; the method's own by default.
+      init: a pretrained T5 to begin with; the same as `TrainConfig.init`. What it decides stands
+        over the method's gin file, and nothing after that may contradict it.
       gin_files: further files.
       bindings: lines of gin, such as "TrainConfig.steps = 100".
 
     Raises:
-      UserError: for a name or a line that does not exist or does not parse, or a value of the
-        wrong type or range.
+      UserError: for a name or a line that does not exist or does not parse, a value of the
+        wrong type or range, or one that contradicts the pretrained T5.
     """
-    files = [_named("method", "methods", method, methods())]
-    if size:
-        files.append(_named("size", "models", size, sizes()))
-    files += [Path(f) for f in gin_files]
+    base = _named("method", "methods", method, methods())
+    files, what = _files(size, gin_files), f"method {method}"
+    lines = [*bindings, *([f"TrainConfig.init = {init!r}"] if init is not None else [])]
+    parts = _read(Recipe, [base, *files], lines, what=what)
+    if parts["train"].init:
+        checkpoint = open_checkpoint(parts["train"].init)
+        dropout = {"NetworkConfig.dropout_rate": checkpoint.config.dropout_rate}
+        said = {**decided(checkpoint), **dropout}
+        layer: list[Path | str] = [
+            gin_folder() / _PRETRAINED,
+            *(f"{k} = {v!r}" for k, v in said.items()),
+        ]
+        parts = _read(Recipe, [base, *layer, *files], lines, what=what)
+        _check_agreement(parts, checkpoint)
+        if Path(parts["train"].init).expanduser().is_dir():  # one run, from wherever it is asked
+            parts["train"] = dataclasses.replace(parts["train"], init=str(checkpoint.folder))
+        return Recipe(method=method, checkpoint=checkpoint.digest, **parts)
+    if parts["train"].start == "pretrained":
+        raise UserError("TrainConfig.start is 'pretrained', but no model is given; give --init")
+    return Recipe(method=method, **parts)
+
+
+def load_generator_recipe(
+    *,
+    size: str | None = None,
+    gin_files: Sequence[str | Path] = (),
+    bindings: Sequence[str] = (),
+) -> GeneratorRecipe:
+    """The same for a generator of queries, which begins with generators/doc2query.gin."""
+    base = gin_folder() / "generators" / "doc2query.gin"
+    sources = [base, *_files(size, gin_files)]
+    return GeneratorRecipe(**_read(GeneratorRecipe, sources, bindings, what="the query generator"))
+
+
+def _files(size: str | None, more: Sequence[str | Path]) -> list[Path]:
+    """Gin files that exist: of a size, and further ones."""
+    files = [_named("size", "models", size, sizes())] if size else []
+    files += map(Path, more)
     for file in files:
         if not file.is_file():
             raise UserError(f"{file}: no such gin file")
+    return files
+
+
+def _read(
+    recipe: type, sources: Sequence[Path | str], bindings: Sequence[str], *, what: str
+) -> dict[str, Any]:
+    """The parts of a recipe from gin files (paths) and lines of gin, each over the last."""
     gin.clear_config()
     gin.add_config_file_search_path(str(gin_folder()))
     logging.disable(logging.ERROR)  # gin reports every place where an include is not
     try:
-        for file in files:
-            gin.parse_config_file(str(file))
+        for source in sources:
+            if isinstance(source, Path):
+                gin.parse_config_file(str(source))
+            else:
+                gin.parse_config(source)
         gin.parse_config(list(bindings))
-        parts = {name: make() for name, make in _CONFIGURABLE.items()}
+        return _parts(recipe)
     except (ValueError, SyntaxError, TypeError, AttributeError, OSError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise UserError(f"recipe of method {method}: {lines[0] if lines else error!r}") from None
+        raise UserError(f"recipe of {what}: {lines[0] if lines else error!r}") from None
     finally:
         logging.disable(logging.NOTSET)
         gin.clear_config()
-    for part in parts.values():
-        _check(part)
-    return Recipe(method=method, **parts)
+
+
+def _check_agreement(parts: dict[str, Any], checkpoint: Checkpoint) -> None:
+    """That nothing was said after the pretrained T5 that it does not allow."""
+    init = parts["train"].init
+    classes = {type(part).__name__: part for part in parts.values()}
+    for name, value in decided(checkpoint).items():
+        part, field = name.split(".")
+        if (found := getattr(classes[part], field)) != value:
+            raise UserError(
+                f"{name} is {found!r}, but {init} has {value!r}; leave out what sets it (a line of "
+                "gin, --size), or --init"
+            )
+    if parts["train"].start != "pretrained":
+        raise UserError(
+            f"TrainConfig.start is {parts['train'].start!r}, but {init} is to begin with; leave "
+            "out what sets it (a line of gin, --size), or --init"
+        )
+    if not parts["vocabulary"].model:
+        raise UserError(
+            f"{checkpoint.folder}: no spiece.model, and a pretrained T5 reads no other pieces; "
+            "put it there, or give VocabularyConfig.model"
+        )
 
 
 # Fields that are shares, and fields that count something and may be 0.
@@ -326,6 +495,7 @@ _SHARES = (
     "title_share",
     "frame_share",
     "word_dropout",
+    "pseudo_share",
     "held_out",
     "label_smoothing",
     "share",
@@ -340,8 +510,10 @@ _MAY_BE_ZERO = (
     "refresh_every",
     "queries",
     "chunk",
+    "rows",
 )
-_POSITIVE = ("temperature", "learning_rate")
+_LEAST = {"document_length": 4, "relative_buckets": 4}
+_POSITIVE = ("temperature", "learning_rate", "layer_norm_epsilon")
 _NOT_NEGATIVE = (
     "generation",
     "prefix",
@@ -357,7 +529,8 @@ _NOT_NEGATIVE = (
 # Fields that name one of a few.
 _CHOICES = {
     "dtype": ("float32", "bfloat16"),
-    "start": ("random", "lexical"),
+    "start": ("random", "lexical", "pretrained"),
+    "feed_forward": tuple(FEED_FORWARD),
     "vector": ("decoder_first", "decoder_mean", "encoder_mean"),
     "similarity": ("cosine", "dot"),
     "source": ("model", "bm25"),
@@ -380,14 +553,12 @@ def _check(part: Any) -> None:
         elif field.name in _SHARES and not 0 <= value < 1:
             problem = "at least 0 and below 1"
         elif isinstance(default, int) and not isinstance(default, bool):
-            least = 0 if field.name in _MAY_BE_ZERO else 1
+            least = 0 if field.name in _MAY_BE_ZERO else _LEAST.get(field.name, 1)
             problem = f"at least {least}" if value < least else ""
         elif field.name in _POSITIVE and not 0 < value < float("inf"):
             problem = "above 0"
         elif field.name in _NOT_NEGATIVE and not 0 <= value < float("inf"):
             problem = "at least 0"
-        elif field.name == "document_length" and value < 4:
-            problem = "at least 4"
         elif field.name == "prefix_depth" and not _is_depth(value):
             problem = "'deepest', 'sampled' or a number from '1' up"
         elif field.name == "indexing_share" and value > 1:

@@ -98,6 +98,7 @@ class Retriever:
         out: str | Path,
         method: str = "dogr",
         minutes: float | None = None,
+        pseudo_queries: str | Path | None = None,
         **recipe: Any,
     ) -> Retriever:
         """Trains a retriever: `genret fit` from Python.
@@ -107,12 +108,20 @@ class Retriever:
           out: folder of the run; a run that was interrupted goes on from its checkpoint.
           method: name of a method.
           minutes: time budget for everything; the recipe's steps without it.
-          **recipe: `size`, `gin_files`, `bindings` of `genret_jax.recipe.load_recipe`.
+          pseudo_queries: file of `genret pseudo-queries` to learn from, too.
+          **recipe: `size`, `init` (a pretrained T5), `gin_files`, `bindings` of
+            `genret_jax.recipe.load_recipe`.
         """
         from genret_jax.fit import fit
         from genret_jax.recipe import load_recipe
 
-        return fit(corpus, recipe=load_recipe(method, **recipe), out=out, minutes=minutes)
+        return fit(
+            corpus,
+            recipe=load_recipe(method, **recipe),
+            out=out,
+            minutes=minutes,
+            pseudo_queries=pseudo_queries,
+        )
 
     @functools.cached_property
     def ranker(self) -> Ranker:
@@ -330,6 +339,8 @@ def _link(source: str | Path, target: str | Path) -> None:
 def model_card(about: dict[str, Any]) -> str:
     """A retriever's README: what it is, what it was trained on, how well it does on dev."""
     corpus, training = about["corpus"], about["training"]
+    init = about.get("recipe", {}).get("train", {}).get("init")
+    began = f"\n- it began as the pretrained T5 {init}" if init else ""
     dev = "\n".join(f"| {name} | {value:.3f} |" for name, value in about["dev"].items())
     return f"""# {about["method"]} over {corpus["name"]}
 
@@ -339,7 +350,7 @@ of the document that answers a query, inside a trie of the identifiers that exis
 - documents: {corpus["documents"]}; train pairs: {training["pairs"]}
 - dev queries: {training["dev_queries"]}
 - identifiers: {about["docids"]["kind"]} {json.dumps(about["docids"]["settings"])}
-- parameters: {about["parameters"]:,}
+- parameters: {about["parameters"]:,}{began}
 - training: {training["steps"]} steps, {training["seconds"] / 60:.1f} minutes
 - the parameters are those of step {training["best_step"]}, the best on dev
 

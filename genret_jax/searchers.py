@@ -118,21 +118,30 @@ def fit_method(
     out: str | Path,
     minutes: float | None = None,
     started: float | None = None,
-    stage: int | None = None,
+    **generative: Any,
 ) -> Opened:
     """Fits any method, or goes on where an interrupted run stopped; see `genret_jax.fit.fit`.
+
+    Args:
+      corpus, recipe, out, minutes, started: as `fit` takes them.
+      **generative: what else it takes, which is for methods that generate docids alone.
 
     Raises:
       UserError: for a mistake in the corpus or the recipe, or a folder of another run.
       Interrupted: after SIGTERM or Ctrl-C, once a checkpoint is written.
     """
     from genret_jax.fit import check_minutes, claim, fit, read_given  # brings SeqIO
+    from genret_jax.training import processes
 
     if not recipe.searcher.module:
-        return fit(corpus, recipe=recipe, out=out, minutes=minutes, started=started, stage=stage)
+        return fit(corpus, recipe=recipe, out=out, minutes=minutes, started=started, **generative)
     check_minutes(minutes)
-    if stage is not None:
-        raise UserError(f"method {recipe.method} has no stages; leave --stage out")
+    if given := [name for name, value in generative.items() if value not in (None, False)]:
+        raise UserError(
+            f"method {recipe.method} generates no docids; leave --{given[0].replace('_', '-')} out"
+        )
+    if processes.count() > 1:
+        raise UserError(f"method {recipe.method} is fitted by one process; start it once")
     module = _module(recipe.searcher.module)
     out = Path(out)
     clock = Clock(minutes * 60 if minutes else None, started=started, reserve=_RESERVE_SECONDS)

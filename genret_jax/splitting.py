@@ -20,11 +20,18 @@ class Split:
     """Attributes:
     pairs: train (query, position of a relevant document).
     dev_queries: id -> text; dev_qrels: their judgements. Empty where there are none.
+    pseudo: like pairs, of generated queries; see `genret_jax.pseudo_queries`.
     """
 
     pairs: list[tuple[str, int]]
     dev_queries: dict[str, str]
     dev_qrels: Qrels
+    pseudo: Sequence[tuple[str, int]] = ()
+
+    @property
+    def all_pairs(self) -> list[tuple[str, int]]:
+        """Train pairs, then generated ones."""
+        return [*self.pairs, *self.pseudo]
 
 
 def split_corpus(corpus: Corpus, config: DataConfig, *, seed: int) -> Split:

@@ -84,6 +84,11 @@ class Trie:
         levels = zip(self.level_start[:-1], self.level_start[1:], strict=True)
         return tuple(np.sort(counts[a:b])[::-1] for a, b in levels)
 
+    @property
+    def shares_prefixes(self) -> bool:
+        """Whether any two rows begin with the same token."""
+        return len(self.rows) > int(self.first_edge[1] - self.first_edge[0])
+
     def report(self) -> dict[str, object]:
         """States, bytes, and the width of each level that has children."""
         widths = [c for c in self.children_by_level if c.size and c[0] > 0]

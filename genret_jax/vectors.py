@@ -68,6 +68,11 @@ class DocumentVectors:
         if self.scales is not None and some.scales is not None:
             self.scales[rows] = some.scales
 
+    def take(self, rows: Int[np.ndarray, " n"]) -> DocumentVectors:
+        """The vectors of some rows by themselves, without bounds, as `put` takes them."""
+        scales = None if self.scales is None else self.scales[rows]
+        return DocumentVectors(self.values[rows], self.bounds[:0], scales)
+
     def __len__(self) -> int:
         return len(self.bounds) - 1
 

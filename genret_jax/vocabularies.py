@@ -1,11 +1,12 @@
 """Text pieces and docid tokens in one id space.
 
-    0 padding | 1 EOS | 2 unknown | text pieces ... | docid tokens ... | spare rows
+    0 padding | 1 EOS | 2 unknown | text pieces ... | reserved rows | docid tokens ... | spare rows
 
 The text side is a SentencePiece model, trained on the corpus or given (T5's, say). Docid tokens
-stand behind it in a block of their own, so that logits are computed for that block alone. The
-SeqIO face of the same space is `genret_jax.data.vocabulary`, which imports TensorFlow; this
-file does not.
+stand behind it in a block of their own, so that logits are computed for that block alone. A
+pretrained embedding has more rows than pieces (T5's sentinels and padding); they stay where they
+are, reserved. The SeqIO face of the same space is `genret_jax.data.vocabulary`, which imports
+TensorFlow; this file does not.
 """
 
 from __future__ import annotations
@@ -60,10 +61,12 @@ class Vocabulary:
     Attributes:
       model: a serialised SentencePiece model with pad 0, EOS 1 and unknown 2.
       docid_size: local docid ids, padding and EOS included (`DocidTable.vocab_size`).
+      text_rows: rows before the docid block; 0 for as many as there are text pieces.
     """
 
     model: bytes
     docid_size: int
+    text_rows: int = 0
 
     @functools.cached_property
     def _pieces(self) -> sentencepiece.SentencePieceProcessor:
@@ -77,12 +80,12 @@ class Vocabulary:
 
     @property
     def docids(self) -> DocidSpace:
-        return DocidSpace(start=self.text_size, size=self.docid_size)
+        return DocidSpace(start=self.text_rows or self.text_size, size=self.docid_size)
 
     @property
     def size(self) -> int:
         """Rows of the embedding: all ids, rounded up to a multiple of 128."""
-        used = self.text_size + self.docid_size - 2
+        used = self.docids.start + self.docid_size - 2
         return -(-used // _MULTIPLE) * _MULTIPLE
 
     def encode(self, text: str) -> list[int]:
@@ -92,6 +95,10 @@ class Vocabulary:
     def pieces(self, text: str) -> list[str]:
         """The same as strings: what title docids are made of."""
         return self._pieces.EncodeAsPieces(text)
+
+    def piece_id(self, piece: str) -> int:
+        """The id of one piece by its string; that of unknown where there is no such piece."""
+        return self._pieces.PieceToId(piece)
 
     @functools.cached_property
     def starts_word(self) -> np.ndarray:
@@ -117,6 +124,8 @@ class Vocabulary:
         folder = Path(folder)
         (folder / "spiece.model").write_bytes(self.model)
         about = {"text_size": self.text_size, "docid_size": self.docid_size, "size": self.size}
+        if self.text_rows:
+            about["text_rows"] = self.text_rows
         (folder / "vocabulary.json").write_text(json.dumps(about))
 
     @classmethod
@@ -124,7 +133,8 @@ class Vocabulary:
         folder = Path(folder)
         try:
             about = json.loads((folder / "vocabulary.json").read_text())
-            found = cls((folder / "spiece.model").read_bytes(), int(about["docid_size"]))
+            model = (folder / "spiece.model").read_bytes()
+            found = cls(model, int(about["docid_size"]), int(about.get("text_rows", 0)))
             found._pieces  # noqa: B018 (parses the model, so that a damaged one is found here)
             return found
         except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:

@@ -5,37 +5,32 @@
     seqio.get_dataset(made.mixture, made.lengths, seqio.EncDecFeatureConverter(pack=False))
 
 The same tasks that the native trainer reads, for everything that takes a SeqIO mixture by name.
-`register_folder_contrastive` has those of the second stage.
+`register_folder_contrastive` has those of the second stage. `tasks.recipe` has both for gin files.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import seqio
 
-from genret_jax.corpus import Document, read_corpus
+from genret_jax.corpus import read_corpus
 from genret_jax.data.contrastive import DocumentSide, Questions
 from genret_jax.data.contrastive_tasks import document_lengths, register_contrastive
-from genret_jax.data.examples import TrainingExamples, make_examples
 from genret_jax.data.tasks import register
 from genret_jax.data.vocabulary import SeqioVocabulary
 from genret_jax.errors import UserError
 from genret_jax.indexing import Index
-from genret_jax.negatives import (
-    Negatives,
-    bm25_search,
-    known_positives,
-    mine,
-    prefix_negatives,
-)
-from genret_jax.recipe import ContrastiveConfig, DataConfig
+from genret_jax.negatives import Negatives, known_positives
+from genret_jax.pseudo_queries import read_pseudo_queries
+from genret_jax.recipe import Recipe, load_recipe
 from genret_jax.splitting import split_corpus
+from genret_jax.stages.common import Materials
+from genret_jax.stages.second import Miner
+from genret_jax.weights import load_weights
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +38,8 @@ log = logging.getLogger(__name__)
 @dataclasses.dataclass(frozen=True)
 class Registered:
     """Attributes:
-    mixture: name of the mixture; NAME_retrieval and NAME_indexing are its tasks.
+    mixture: name of the mixture; NAME_retrieval, NAME_indexing and, with pseudo-queries,
+      NAME_pseudo are its tasks.
     lengths: {"inputs", "targets"}: what `task_feature_lengths` should be.
     """
 
@@ -52,7 +48,12 @@ class Registered:
 
 
 def register_folder(
-    corpus: str, run: str, *, name: str = "folder", data: DataConfig | None = None, seed: int = 0
+    corpus: str,
+    run: str,
+    *,
+    name: str = "folder",
+    recipe: Recipe | None = None,
+    pseudo_queries: str | None = None,
 ) -> Registered:
     """Registers retrieval, indexing and their mixture for a corpus and its index.
 
@@ -60,18 +61,10 @@ def register_folder(
       corpus: BEIR folder.
       run: folder with the index of that corpus.
       name: of the mixture.
-      data: rates and lengths.
-      seed: of the held-out queries; the seed of the fit, so that both train on the same.
+      recipe: of the run, for rates and lengths; method dogr's by default.
+      pseudo_queries: file of generated queries to learn from, too.
     """
-    data = data or DataConfig()
-    found = _open(corpus, run, data, seed)
-    register(
-        name,
-        found.examples,
-        SeqioVocabulary(found.index.vocabulary),
-        **_plain(data, found.examples),
-    )
-    return Registered(name, found.lengths)
+    return register_materials(_open(corpus, run, recipe, pseudo_queries), name=name)
 
 
 def register_folder_contrastive(
@@ -79,112 +72,109 @@ def register_folder_contrastive(
     run: str,
     *,
     name: str = "folder_contrastive",
-    data: DataConfig | None = None,
-    contrastive: ContrastiveConfig | None = None,
+    recipe: Recipe | None = None,
     step: int = 0,
-    seed: int = 0,
+    pseudo_queries: str | None = None,
 ) -> Registered:
     """Registers the tasks of the second stage, to be read with `ContrastiveFeatureConverter`.
 
+    Args:
+      corpus, run, name, recipe, pseudo_queries: see `register_folder`.
+      step: of the second stage at which the negatives were mined.
+
+    Raises:
+      UserError: see `register_contrastive_materials`.
+    """
+    materials = _open(corpus, run, recipe, pseudo_queries)
+    config = materials.recipe.contrastive
+    counts = config.prefix_negatives, config.retrieved_negatives
+    return register_contrastive_materials(materials, Path(run), name=name, counts=counts, step=step)
+
+
+def register_materials(materials: Materials, *, name: str) -> Registered:
+    """Registers stage 1 over materials that are open already."""
+    register(
+        name,
+        materials.examples,
+        SeqioVocabulary(materials.index.vocabulary),
+        **materials.task_settings,
+    )
+    return Registered(name, _lengths(materials))
+
+
+def register_contrastive_materials(
+    materials: Materials, run: Path, *, name: str, counts: tuple[int, int], step: int = 0
+) -> Registered:
+    """Registers stage 2 over materials that are open already.
+
     Negatives are those of RUN/ranking/negatives/STEP, which `genret fit` mined with the model of
-    its first stage; without that folder they are mined with BM25.
+    its first stage. Without that folder they are mined now: with RUN's retriever where there is
+    one and the recipe says so, else with BM25.
 
     Args:
-      corpus, run, name, data, seed: see `register_folder`.
-      contrastive: numbers of negatives, number and length of views (give the fit's); the weights
-        of the losses are the model's affair and not looked at.
+      materials: the corpus, made ready.
+      run: folder of the run.
+      name: of the mixture.
+      counts: prefix and retrieved negatives of an example.
       step: of the second stage at which the negatives were mined.
 
     Raises:
       UserError: the negatives are of another corpus, or of other train queries.
     """
-    data, config = data or DataConfig(), contrastive or ContrastiveConfig()
-    found = _open(corpus, run, data, seed)
-    positives = known_positives(found.pairs)
-    questions = Questions.of(positives, found.documents)
-    side = DocumentSide.of(found.examples, positives, found.index.vocabulary.docids, config)
-    folder = Path(run) / "ranking" / "negatives" / str(step)
-    if folder.is_dir():
-        negatives = Negatives.load(folder)
-    else:
-        log.info("%s: no negatives there; they are mined with BM25", folder)
-        negatives = _mined(found, questions, config, seed)
+    config = materials.recipe.contrastive
+    positives = known_positives(materials.split.all_pairs)
+    questions = Questions.of(positives, materials.documents)
+    docids = materials.index.vocabulary.docids
+    side = DocumentSide.of(materials.examples, positives, docids, config)
+    folder = run / "ranking" / "negatives" / str(step)
+    negatives = Negatives.load(folder) if folder.is_dir() else _mined(materials, run, step)
     rows = len(negatives.prefix), len(negatives.retrieved)
-    if rows != (len(found.documents), len(questions.texts)):
+    if rows != (len(materials.documents), len(questions.texts)):
         raise UserError(
             f"{folder}: negatives of {rows[0]} documents and {rows[1]} questions, but here are "
-            f"{len(found.documents)} and {len(questions.texts)}; give the corpus and the seed of "
-            "the fit"
+            f"{len(materials.documents)} and {len(questions.texts)}; give the corpus and the seed "
+            "of the fit"
         )
     register_contrastive(
         name,
-        found.examples,
-        SeqioVocabulary(found.index.vocabulary),
+        materials.examples,
+        SeqioVocabulary(materials.index.vocabulary),
         side,
         questions,
         positives,
         negatives,
-        prefix=config.prefix_negatives,
-        retrieved=config.retrieved_negatives,
-        **_plain(data, found.examples),
+        prefix=counts[0],
+        retrieved=counts[1],
+        **materials.task_settings,
     )
-    count = config.prefix_negatives + config.retrieved_negatives
-    lengths = document_lengths(side, questions, negatives=count)
-    return Registered(name, {**found.lengths, **lengths})
+    lengths = document_lengths(side, questions, negatives=sum(counts))
+    return Registered(name, {**_lengths(materials), **lengths})
 
 
-@dataclasses.dataclass(frozen=True)
-class _Folder:
-    """A corpus and its index, as both registrations read them."""
-
-    documents: Sequence[Document]
-    pairs: list[tuple[str, int]]
-    index: Index
-    examples: TrainingExamples
-    lengths: dict[str, int]
-
-
-def _open(corpus: str, run: str, data: DataConfig, seed: int) -> _Folder:
+def _open(corpus: str, run: str, recipe: Recipe | None, pseudo_queries: str | None) -> Materials:
+    recipe = recipe or load_recipe("dogr")
     read = read_corpus(corpus)
-    index = Index.load(Path(run) / "index")
-    pairs = split_corpus(read, data, seed=seed).pairs
-    examples = make_examples(read.documents, pairs, index.vocabulary, index.table)
-    length = data.input_length or examples.input_length()
-    lengths = {"inputs": length, "targets": index.trie.max_length}
-    return _Folder(read.documents, pairs, index, examples, lengths)
+    split = split_corpus(read, recipe.data, seed=recipe.train.seed)
+    if pseudo_queries:
+        split = dataclasses.replace(split, pseudo=read_pseudo_queries(pseudo_queries, read))
+    return Materials(read.documents, split, Index.load(Path(run) / "index"), recipe)
 
 
-def _plain(data: DataConfig, examples: TrainingExamples) -> dict[str, Any]:
-    """How the recipe wants the tasks that both stages have in common."""
-    return {
-        "indexing_share": examples.indexing_share(data.indexing_share),
-        "title_share": data.title_share,
-        "frame_share": data.frame_share,
-        "word_dropout": data.word_dropout,
-    }
+def _lengths(materials: Materials) -> dict[str, int]:
+    return {"inputs": materials.input_length, "targets": materials.index.trie.max_length}
 
 
-def _mined(found: _Folder, questions: Questions, config: ContrastiveConfig, seed: int) -> Negatives:
-    depth: Any = config.prefix_depth
-    depth = int(depth) if depth.isdecimal() else depth
-    return Negatives(
-        prefix=prefix_negatives(
-            found.index.trie,
-            np.arange(len(found.documents)),
-            depth=depth,
-            count=max(config.prefix_negatives, config.mined),
-            rng=np.random.default_rng(seed),
-        ),
-        retrieved=mine(
-            bm25_search(found.documents),
-            questions.texts,
-            questions.relevant,
-            count=max(config.retrieved_negatives, config.mined),
-        ),
-        digest="",
-        source="bm25",
-        depth=depth,
-    )
+def _mined(materials: Materials, run: Path, step: int) -> Negatives:
+    weights = run / "retriever" / "model.safetensors"
+    params: Any = None
+    if weights.is_file():
+        params = load_weights(weights)
+    elif materials.recipe.contrastive.source == "model":
+        log.info("%s: no retriever there; negatives are mined with BM25", run)
+        config = dataclasses.replace(materials.recipe.contrastive, source="bm25")
+        recipe = dataclasses.replace(materials.recipe, contrastive=config)
+        materials = dataclasses.replace(materials, recipe=recipe)
+    return Miner(materials, run / "ranking" / "negatives").negatives(step, params)
 
 
 def vocabulary(run: str) -> seqio.Vocabulary:

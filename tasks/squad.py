@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from genret_jax.corpus import Corpus, Document, Qrels, write_corpus
+from tasks.command import run
 
 
 def corpus_of(records: Iterable[Mapping[str, Any]], *, name: str = "squad") -> Corpus:
@@ -60,4 +61,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -319,3 +319,6 @@ def test_seqio_vocabulary(vocabulary):
     assert seqio_vocabulary.decode([*ids, docid]) == "repair lifts <docid:4>"
     assert seqio_vocabulary.vocab_size == vocabulary.size
     assert seqio_vocabulary == SeqioVocabulary(vocabulary)
+    wide = Vocabulary(vocabulary.model, vocabulary.docid_size, 512)
+    docid = int(wide.docids.to_model(np.int32(4)))
+    assert docid == 514 and SeqioVocabulary(wide).decode([*ids, docid]) == "repair lifts <docid:4>"

@@ -18,9 +18,9 @@ ROOMS = """
     errors files lines records trec corpus documents
     baselines evaluation significance hybrid
     docids trie vocabularies decoding
-    modeling scoring ranking vectors
+    modeling pretrained scoring ranking vectors
     recipe splitting indexing negatives data training
-    weights retriever dense stages fit searchers
+    weights retriever export pseudo_queries dense stages t5x fit searchers
     harness comparison ablation quickstart
     __init__ cli __main__
 """.split()  # noqa: SIM905
@@ -30,7 +30,7 @@ ROOMS = """
 SHORTCUTS = {("retriever", "fit"), ("dense", "stages")}
 
 # Rooms that may import TensorFlow or SeqIO by name.
-TENSORFLOW_ROOMS = {"data"}
+TENSORFLOW_ROOMS = {"data", "t5x"}
 
 # What search loads, and what it must not: these cost seconds of start-up, or are not needed there.
 SEARCH_MODULES = [

@@ -26,6 +26,7 @@ CONFIG = T5Config(
     relative_max_distance=10,
 )
 TIED = dataclasses.replace(CONFIG, tied_embeddings=True)
+FIRST = dataclasses.replace(TIED, feed_forward="relu")  # T5 1.0
 BATCH, LENGTH, DOCID, BEAM = 2, 12, 4, 3
 
 
@@ -122,8 +123,11 @@ def test_relative_buckets_by_hand():
 # --- T5X's parameter tree ----------------------------------------------------------------------
 
 
-def t5x_tree(tied: bool) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
-    """Name -> shape and logical axes, as T5X's examples/t5/network.py makes them (T5 1.1)."""
+def t5x_tree(config: T5Config) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
+    """Name -> shape and logical axes, as T5X's examples/t5/network.py makes them.
+
+    Its MLP calls the first matrices wi_0, wi_1 where there are several activations, else wi.
+    """
     norm = ((16,), ("embed",))
     into, out = ((16, 12), ("embed", "joined_kv")), ((12, 16), ("joined_kv", "embed"))
     tree = {
@@ -133,7 +137,7 @@ def t5x_tree(tied: bool) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
         "encoder/encoder_norm/scale": norm,
         "decoder/decoder_norm/scale": norm,
     }
-    if not tied:
+    if not config.tied_embeddings:
         tree["decoder/logits_dense/kernel"] = ((16, 48), ("embed", "vocab"))
     attentions = {
         "encoder": {"pre_attention_layer_norm": "attention"},
@@ -150,7 +154,7 @@ def t5x_tree(tied: bool) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
                     tree[f"{layer}/{attention}/{name}/kernel"] = into
                 tree[f"{layer}/{attention}/out/kernel"] = out
             tree[f"{layer}/pre_mlp_layer_norm/scale"] = norm
-            for name in ("wi_0", "wi_1"):
+            for name in ("wi",) if config.feed_forward == "relu" else ("wi_0", "wi_1"):
                 tree[f"{layer}/mlp/{name}/kernel"] = ((16, 24), ("embed", "mlp"))
             tree[f"{layer}/mlp/wo/kernel"] = ((24, 16), ("mlp", "embed"))
     return tree
@@ -158,8 +162,8 @@ def t5x_tree(tied: bool) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
 
 @pytest.mark.parametrize(
     "config",
-    [CONFIG, TIED, dataclasses.replace(CONFIG, remat=True)],
-    ids=["untied", "tied", "remat"],
+    [CONFIG, TIED, FIRST, dataclasses.replace(CONFIG, remat=True)],
+    ids=["untied", "tied", "1.0", "remat"],
 )
 def test_names_shapes_and_axes_are_t5xs(config):
     variables = jax.eval_shape(lambda: init(config))
@@ -167,10 +171,10 @@ def test_names_shapes_and_axes_are_t5xs(config):
     axes = traverse_util.flatten_dict(variables["params_axes"], sep="/")
     assert all(value.dtype == jnp.float32 for value in flat.values())
     assert {name: value.shape for name, value in flat.items()} == {
-        name: shape for name, (shape, _) in t5x_tree(config.tied_embeddings).items()
+        name: shape for name, (shape, _) in t5x_tree(config).items()
     }
     assert {name: tuple(value.names) for name, value in axes.items()} == {
-        f"{name}_axes": names for name, (_, names) in t5x_tree(config.tied_embeddings).items()
+        f"{name}_axes": names for name, (_, names) in t5x_tree(config).items()
     }
 
 

@@ -33,7 +33,7 @@ def test_there_are_commands_of_every_verb():
 @pytest.mark.parametrize("command", _commands(), ids=" ".join)
 def test_every_command_parses(command):
     arguments = _parser().parse_args(command)
-    assert arguments.run.__name__ == command[0]
+    assert arguments.run.__name__ == command[0].replace("-", "_")
     assert getattr(arguments, "method", "dsi") in methods()
     for name in getattr(arguments, "methods", ()):
         assert set(name.removeprefix("rrf:").removeprefix("weighted:").split(":")) <= set(methods())

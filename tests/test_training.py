@@ -163,35 +163,6 @@ def test_without_dev_the_last_parameters_are_kept(model, batches, mesh, tmp_path
     assert result.best_step == 24 and result.dev == {}
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
-@pytest.mark.parametrize("shape", [(4, 1), (2, 2), (1, 4)])
-def test_one_device_equals_four(model, batches, shape, optimizer):
-    def losses(devices, model_parallel):
-        mesh = partitioning.make_mesh(
-            model_parallel=model_parallel, devices=jax.devices()[:devices]
-        )
-        config = dataclasses.replace(CONFIG, optimizer=optimizer)
-        stepper = Stepper(model, config, mesh)
-        state = stepper.init(jax.random.key(0))
-        stepper.compile(state, batches)
-        found = []
-        for n in range(4):
-            state, metrics = stepper(state, batches[n], 1e-2)
-            found.append(float(metrics["loss"]))
-        return found, state
-
-    one, _ = losses(1, 1)
-    four, state = losses(shape[0] * shape[1], shape[1])
-    assert four == pytest.approx(one, rel=1e-5)
-    kernel = state.params["decoder"]["layers_0"]["mlp"]["wi_0"]["kernel"]
-    assert kernel.sharding.shard_shape(kernel.shape) == (16, 32 // shape[1])
-
-
-def test_indivisible_devices():
-    with pytest.raises(ValueError, match="3 devices do not divide"):
-        partitioning.make_mesh(model_parallel=2, devices=jax.devices()[:3])
-
-
 def test_learning_rate_by_hand():
     kw = {"warmup_steps": 10}
     assert learning_rate(2.0, 0.0, 4, schedule="cosine", **kw) == pytest.approx(1.0)

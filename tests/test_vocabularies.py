@@ -81,6 +81,19 @@ def test_text_then_docids_then_spare_rows(vocabulary):
     assert text + 48 <= vocabulary.size < text + 48 + 128
 
 
+def test_rows_of_a_pretrained_embedding_stay_before_the_docids(vocabulary, tmp_path):
+    """As T5's 32,000 pieces have 32,128 rows: what no piece has is nobody's."""
+    wide = Vocabulary(vocabulary.model, docid_size=50, text_rows=300)
+    assert wide.docids == DocidSpace(start=300, size=50)
+    assert wide.text_size == vocabulary.text_size < 300
+    assert wide.size == 384, "348 rows, rounded up"
+    wide.save(tmp_path)
+    assert Vocabulary.load(tmp_path) == wide
+    assert wide.decode([5, 6, 250, 310]) == vocabulary.decode([5, 6])
+    vocabulary.save(tmp_path)
+    assert Vocabulary.load(tmp_path) == vocabulary and vocabulary.text_rows == 0
+
+
 @pytest.mark.parametrize(("used", "size"), [(128, 128), (129, 256), (256, 256)])
 def test_the_number_of_rows_is_rounded_up(vocabulary, used, size):
     exact = Vocabulary(vocabulary.model, docid_size=used - vocabulary.text_size + 2)

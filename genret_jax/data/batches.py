@@ -19,6 +19,8 @@ import seqio
 import tensorflow as tf
 from tqdm import tqdm
 
+from genret_jax.errors import UserError
+
 Arrays = dict[str, np.ndarray]
 
 
@@ -99,7 +101,8 @@ class Batches:
       batch_size: examples of a global batch.
       seed: of order and mixing.
       buckets: encoder lengths of batches, ascending, the last one holding every example.
-      shard: this process and the number of processes; batch_size must divide by the latter.
+      shard: which share of a batch's rows this process has, and of how many; batch_size must
+        divide by the latter.
 
     Example:
       >>> batches = Batches(pools, batch_size=256, seed=0, buckets=(8, 16))  # doctest: +SKIP
@@ -117,13 +120,16 @@ class Batches:
         shard: tuple[int, int] = (0, 1),
     ):
         if batch_size % shard[1]:
-            raise ValueError(f"batch size {batch_size} does not divide by {shard[1]} processes")
+            raise UserError(
+                f"batch size {batch_size} does not divide by {shard[1]} processes; choose a "
+                "multiple (TrainConfig.batch_size, ContrastiveConfig.batch_size)"
+            )
         self._pools = list(pools)
         self._batch_size = batch_size
         self._seed = seed
         self._buckets = tuple(buckets)
         rows = batch_size // shard[1]
-        self._rows = slice(shard[0] * rows, (shard[0] + 1) * rows)
+        self.rows = slice(shard[0] * rows, (shard[0] + 1) * rows)
         used = [(p.arrays["encoder_input_tokens"] > 0).sum(1) for p in self._pools]
         if max(int(u.max()) for u in used) > self._buckets[-1]:
             raise ValueError(f"an example is longer than the last bucket of {self._buckets}")
@@ -136,8 +142,16 @@ class Batches:
         return -(-examples // self._batch_size)
 
     def __getitem__(self, n: int) -> Arrays:
+        """This process's rows."""
+        return self._batch(n, self.rows)
+
+    def whole(self, n: int) -> Arrays:
+        """The rows of all processes."""
+        return self._batch(n, slice(None))
+
+    def _batch(self, n: int, rows: slice) -> Arrays:
         which, length = self._round(n // self.round_size)[n % self.round_size]
-        which = which[self._rows]
+        which = which[rows]
         out: Arrays = {}
         for name, first in self._pools[0].arrays.items():
             out[name] = np.empty((len(which), *first.shape[1:]), first.dtype)
@@ -150,7 +164,7 @@ class Batches:
 
     def shapes(self) -> list[Arrays]:
         """An empty batch of every shape there is: what to compile for."""
-        rows = self._rows.stop - self._rows.start
+        rows = self.rows.stop - self.rows.start
         arrays = self._pools[0].arrays.items()
         full = {k: np.zeros((rows, *v.shape[1:]), v.dtype) for k, v in arrays}
         tokens = full["encoder_input_tokens"]

@@ -99,11 +99,12 @@ def known_documents(
     """The document and the row of Questions of every example of a task, in its order.
 
     Args:
-      task: its name, which ends in "retrieval" or "indexing".
+      task: its name, which ends in "retrieval", "pseudo" or "indexing".
       examples, positives: of the same train pairs.
     """
-    if task.endswith("retrieval"):
-        document, question = examples.query_documents, positives.query_of
+    if pairs := examples.query_tasks.get(task.rpartition("_")[2]):
+        here = slice(pairs.start, pairs.stop)
+        document, question = examples.query_documents[here], positives.query_of[here]
     else:
         document = np.arange(len(examples.document_rows))
         question = len(positives.queries) + document
@@ -143,13 +144,13 @@ class ContrastiveBatches:
         self._top_first = top_first
 
     def __getitem__(self, n: int) -> Arrays:
-        batch = self._batches[n]
         rng = np.random.default_rng([self._seed, _SEED, n])
-        return self._complete(batch, rng)
+        return self._complete(self._batches.whole(n), rng, self._batches.rows)
 
     def shapes(self) -> list[Arrays]:
         """An empty batch of every shape there is: what to compile for."""
-        return [self._complete(batch, np.random.default_rng(0)) for batch in self._batches.shapes()]
+        rng, everything = np.random.default_rng(0), slice(None)
+        return [self._complete(batch, rng, everything) for batch in self._batches.shapes()]
 
     def _retrieved(self, ranked: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """int32[batch, retrieved] of what stands in rows of the table, best first."""
@@ -159,16 +160,18 @@ class ContrastiveBatches:
             [ranked[:, :1], draw(ranked[:, 1:], self._counts[1] - 1, rng)], axis=1
         )
 
-    def _complete(self, batch: Arrays, rng: np.random.Generator) -> Arrays:
-        batch = dict(batch)
-        question = batch.pop("question_index")
-        document = batch["document_index"]
+    def _complete(self, batch: Arrays, rng: np.random.Generator, rows: slice) -> Arrays:
+        """Draws for all rows, as any number of processes does alike, and gives some of them."""
+        question, document = batch["question_index"], batch["document_index"]
         prefix = draw(self.negatives.prefix[document], self._counts[0], rng)
         retrieved = self._retrieved(self.negatives.retrieved[question], rng)
         negative = np.concatenate([prefix, retrieved], axis=1).astype(np.int32)
         views = self._side.views
         everyone = np.concatenate([document[:, None], negative], axis=1)
-        tokens = views.tokens[views.draw(everyone, question[:, None], rng)]
+        drawn = views.draw(everyone, question[:, None], rng)
+        batch = {name: array[rows] for name, array in batch.items()}
+        question, document, negative = batch.pop("question_index"), document[rows], negative[rows]
+        tokens = views.tokens[drawn[rows]]
         return {
             **batch,
             "relevant_index": self._questions.relevant[question],

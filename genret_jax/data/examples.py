@@ -58,7 +58,9 @@ class TrainingExamples:
     """Queries, documents and docids as tokens, without EOS on the encoder's side.
 
     Attributes:
-      queries: text pieces of each (query, relevant document) pair's query.
+      queries: text pieces of each (query, relevant document) pair's query: those of the train
+        split, then generated ones.
+      pseudo: how many of these pairs are generated.
       query_documents: int32[pairs], the relevant document's position.
       query_rows: int32[pairs], the docid row to be written.
       frames: the distinct queries with 0 in place of the words that few of them share; see
@@ -78,6 +80,17 @@ class TrainingExamples:
     title_counts: np.ndarray
     document_rows: np.ndarray
     docids: np.ndarray
+    pseudo: int = 0
+
+    @property
+    def real(self) -> int:
+        """Pairs of the train split."""
+        return len(self.queries) - self.pseudo
+
+    @property
+    def query_tasks(self) -> dict[str, range]:
+        """The pairs that each task over queries has, by the end of the task's name."""
+        return {"retrieval": range(self.real), "pseudo": range(self.real, len(self.queries))}
 
     def indexing_share(self, asked: float) -> float:
         """`asked`, or where it is below 0 what the number of train pairs a document decides.
@@ -106,6 +119,8 @@ def make_examples(
     pairs: Sequence[tuple[str, int]],
     vocabulary: Vocabulary,
     table: DocidTable,
+    *,
+    pseudo: int = 0,
 ) -> TrainingExamples:
     """Tokenises everything once.
 
@@ -114,6 +129,7 @@ def make_examples(
       pairs: (query, position of a relevant document), as `Corpus.pairs` gives them.
       vocabulary: text pieces and docid block.
       table: docids; where a document owns several rows, its queries go to each in turn.
+      pseudo: how many pairs, the last ones, are generated.
 
     Raises:
       UserError: when a document has no docid.
@@ -134,16 +150,18 @@ def make_examples(
         turn[position] = turn.get(position, 0) + 1
     queries = encode([query for query, _ in pairs])
     titles = collections.Counter(d.title for d in documents)
+    asked = Ragged(queries.values, queries.offsets[: len(pairs) - pseudo + 1])
     return TrainingExamples(
         queries=queries,
         query_documents=np.array([position for _, position in pairs], np.int32),
         query_rows=query_rows,
-        frames=query_frames(queries, vocabulary.starts_word),
+        frames=query_frames(asked, vocabulary.starts_word),
         titles=encode([d.title for d in documents]),
         bodies=encode([d.text for d in documents]),
         title_counts=np.array([titles[d.title] for d in documents], np.int32),
         document_rows=np.array([rows[0] for rows in rows_of], np.int32),
         docids=np.asarray(vocabulary.docids.to_model(np.asarray(table.tokens))),
+        pseudo=pseudo,
     )
 
 

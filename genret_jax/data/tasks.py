@@ -1,6 +1,7 @@
 """SeqIO tasks over a corpus in memory: retrieval, indexing, and their mixture.
 
 - retrieval: a train query -> the docid of a relevant document.
+- pseudo: a query generated from a document -> its docid, where there are some.
 - indexing: a piece of a document -> its docid. A piece is the title, the beginning, or a random
   span of the text as in NCI (Wang et al. 2022); spans are as long as queries are, because a model
   that reads only long spans in training has never seen an input of a query's length. Some spans
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import seqio
@@ -35,8 +37,11 @@ def register(
     title_share: float = 0.3,
     frame_share: float = 0.0,
     word_dropout: float = 0.0,
+    pseudo_share: float = 0.5,
 ) -> str:
     """Registers `NAME_retrieval`, `NAME_indexing` and the mixture `NAME`; replaces earlier ones.
+
+    With generated queries among the examples there is `NAME_pseudo`, too.
 
     Args:
       name: of the mixture.
@@ -48,6 +53,7 @@ def register(
         and first words) are a third as many, and the rest are random spans.
       frame_share: share of the spans that are put into the frame of a train query.
       word_dropout: share of text pieces left out of an input at random.
+      pseudo_share: share of generated queries among the queries; 1 without train queries.
 
     Returns:
       The name of the mixture.
@@ -63,9 +69,14 @@ def register(
         finish.insert(0, functools.partial(drop_words, rate=word_dropout))
     rates = []
     if len(examples.queries) and indexing_share < 1:
-        source = retrieval_source(examples)
-        add_task(f"{name}_retrieval", source, finish, features, len(examples.queries))
-        rates.append((f"{name}_retrieval", 1 - indexing_share))
+        generated = pseudo_share if examples.pseudo else 0.0
+        generated = generated if examples.real else 1.0
+        shares = {"retrieval": 1 - generated, "pseudo": generated}
+        for kind, pairs in examples.query_tasks.items():
+            if pairs and shares[kind]:
+                source = retrieval_source(examples, pairs)
+                add_task(f"{name}_{kind}", source, finish, features, len(pairs))
+                rates.append((f"{name}_{kind}", (1 - indexing_share) * shares[kind]))
     if indexing_share > 0 or not rates:
         pieces = functools.partial(
             document_pieces,
@@ -89,29 +100,42 @@ def add_task(
     preprocessors: list[Callable],
     features: Mapping[str, seqio.Feature],
     size: int,
+    **more: Any,
 ) -> None:
-    """Registers a task of so many examples; replaces an earlier one."""
+    """Registers a task of so many examples; replaces an earlier one.
+
+    The source is what can be cached (`seqio_cache_tasks`): it is deterministic, while all that
+    the preprocessors do is drawn anew in every epoch or depends on the lengths asked for.
+
+    Args:
+      name, source, preprocessors, features: of `seqio.TaskRegistry.add`.
+      size: examples.
+      **more: what else that takes, such as metric_fns.
+    """
+    online = [p for p in preprocessors if not isinstance(p, seqio.CacheDatasetPlaceholder)]
     seqio.TaskRegistry.remove(name)
     seqio.TaskRegistry.add(
         name,
         source=source,
-        preprocessors=preprocessors,
+        preprocessors=[seqio.CacheDatasetPlaceholder(), *online],
         output_features=features,
         # SeqIO repeats before it shuffles: a larger buffer would be filled by repetitions.
         shuffle_buffer_size=min(max(size, 1), _SHUFFLE_BUFFER),
+        **more,
     )
 
 
-def retrieval_source(examples: TrainingExamples) -> seqio.FunctionDataSource:
-    """{"inputs": query pieces, "targets": docid} for every pair of the train split."""
+def retrieval_source(examples: TrainingExamples, pairs: range) -> seqio.FunctionDataSource:
+    """{"inputs": query pieces, "targets": docid} for a range of the pairs."""
     read_query = _reader(examples.queries)
     rows = tf.constant(examples.query_rows)
     docids = tf.constant(examples.docids)
 
     def example(i: tf.Tensor) -> dict[str, tf.Tensor]:
-        return {"inputs": read_query(i), "targets": _docid(docids, rows[i])}
+        pair = i + pairs.start
+        return {"inputs": read_query(pair), "targets": _docid(docids, rows[pair])}
 
-    return _source(len(examples.queries), example)
+    return _source(len(pairs), example)
 
 
 def indexing_source(examples: TrainingExamples) -> seqio.FunctionDataSource:

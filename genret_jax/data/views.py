@@ -102,7 +102,7 @@ def make_views(
     bounds = np.zeros((documents + 1, 2), np.int64)
     for i in range(documents):
         bounds[i, 0] = len(rows)
-        rows += _pieces(examples.titles[i], examples.bodies[i], length, pieces)
+        rows += passages(examples.titles[i], examples.bodies[i], length, pieces)
         bounds[i, 1] = len(rows)
         questions += [-1] * int(bounds[i, 1] - bounds[i, 0])
         asked = {int(query_of[pair]): pair for pair in order[first[i] : first[i + 1]].tolist()}
@@ -110,10 +110,19 @@ def make_views(
         rows += [examples.queries[pair][: length - 1] for _, pair in kept.tolist()]
         questions += [question for question, _ in kept.tolist()]
     bounds[documents] = len(rows)
-    return Views(_padded(rows), np.array(questions, np.int32), bounds)
+    return Views(padded(rows), np.array(questions, np.int32), bounds)
 
 
-def _pieces(title: np.ndarray, body: np.ndarray, length: int, count: int) -> list[np.ndarray]:
+def passages(title: np.ndarray, body: np.ndarray, length: int, count: int) -> list[np.ndarray]:
+    """Pieces of a document: windows over its text, each behind the beginning of its title.
+
+    They overlap by half where `count` allows, and leave gaps where the text is too long.
+
+    Args:
+      title, body: int32[any], text pieces.
+      length: tokens of one, EOS included, at most; EOS itself is not there yet.
+      count: at most; there is at least one, empty for a document without text.
+    """
     if len(title) + len(body) < length:
         return [np.concatenate([title, body])]
     room = max(1, int(length * _TITLE_SHARE))
@@ -134,7 +143,7 @@ def _spread(available: int, count: int) -> Int[np.ndarray, " some"]:
     )
 
 
-def _padded(rows: list[np.ndarray]) -> Int32[np.ndarray, "rows length"]:
+def padded(rows: list[np.ndarray]) -> Int32[np.ndarray, "rows length"]:
     """Rows with EOS, 0-padded to the longest, which is made a multiple of 8."""
     lengths = np.array([len(row) + 1 for row in rows])
     out = np.zeros((len(rows), -(-int(lengths.max(initial=1)) // 8) * 8), np.int32)

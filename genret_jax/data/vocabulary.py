@@ -57,7 +57,7 @@ class SeqioVocabulary(seqio.Vocabulary):
     def _decode(self, ids: Iterable[int]) -> str:
         words, run = [], []
         for i in [*(int(i) for i in ids), None]:
-            if i is not None and i < self.vocabulary.text_size:
+            if i is not None and i < self.vocabulary.docids.start:
                 run.append(i)
                 continue
             if run:
@@ -71,8 +71,17 @@ class SeqioVocabulary(seqio.Vocabulary):
         return self._tokenizer.tokenize(s)
 
     def _decode_tf(self, ids: tf.Tensor) -> tf.Tensor:
-        text = tf.where(ids < self.vocabulary.text_size, ids, vocabularies.PAD)
-        return self._tokenizer.detokenize(text)
+        """What `_decode` gives, for int32[..., length]: T5X decodes beams of an inference this way.
+
+        A sequence is all docid tokens or all text pieces here, as targets and inputs are.
+        """
+        size = self.vocabulary.text_size
+        start = self.vocabulary.docids.start
+        names = tf.strings.join(["<docid:", tf.strings.as_string(ids - start + 2), ">"])
+        names = tf.where(ids < size, "", names)
+        docid = tf.strings.strip(tf.strings.reduce_join(names, axis=-1, separator=" "))
+        text = self._tokenizer.detokenize(tf.where(ids < size, ids, vocabularies.PAD))
+        return tf.where(tf.reduce_any(ids >= size, axis=-1), docid, text)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, SeqioVocabulary) and self.vocabulary == other.vocabulary

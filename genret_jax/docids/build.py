@@ -27,11 +27,13 @@ class Kind:
       build: makes the table; its keyword arguments that are not in `inputs` are the settings.
       inputs: which of "documents", "texts", "pieces" and "seed" it takes.
       summary: one line for help texts.
+      labels: what a token's label is: "words", "pieces" of the vocabulary, or "" for a mere name.
     """
 
     build: Callable[..., DocidTable]
     inputs: tuple[str, ...]
     summary: str
+    labels: str = ""
 
     @property
     def settings(self) -> Mapping[str, Setting]:
@@ -41,8 +43,8 @@ class Kind:
 
 
 KINDS: Mapping[str, Kind] = {
-    "keywords": Kind(keyword_docids, ("texts",), "the most important words of a document"),
-    "title": Kind(title_docids, ("documents", "pieces"), "the title in sub-word pieces"),
+    "keywords": Kind(keyword_docids, ("texts",), "the most important words of a document", "words"),
+    "title": Kind(title_docids, ("documents", "pieces"), "the title in sub-word pieces", "pieces"),
     "atomic": Kind(atomic_docids, ("documents",), "one token a document"),
     "naive": Kind(naive_docids, ("documents", "seed"), "the digits of a document's number"),
     "hierarchical": Kind(hierarchical_docids, ("texts", "seed"), "a path of k-means clusters"),

@@ -46,6 +46,18 @@ def plain_label(text: str) -> str:
     return "\\" + text if _RESERVED.fullmatch(text) else text
 
 
+def text_of_label(label: str) -> str:
+    """The text that `plain_label` made a label of; "" for a reserved label.
+
+    Example:
+      >>> text_of_label("torch"), text_of_label("\\\\<#2>"), text_of_label("<#2>")
+      ('torch', '<#2>', '')
+    """
+    if not _RESERVED.fullmatch(label):
+        return label
+    return label[1:] if label.startswith("\\") else ""
+
+
 def row_groups(matrix: np.ndarray) -> Int64[np.ndarray, " rows"]:
     """int64[rows]: a number that two rows of int[rows, columns] share exactly if they are equal."""
     groups = np.zeros(len(matrix), np.int64)

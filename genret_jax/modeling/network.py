@@ -1,4 +1,4 @@
-"""T5 1.1 in Flax Linen, with T5X's parameter names and logical axes.
+"""T5 (1.0 and 1.1) in Flax Linen, with T5X's parameter names and logical axes.
 
 The parameters of a network made here and of T5X's own `t5.network` have the same tree, shapes and
 logical axis names, so that checkpoints and sharding rules pass between the two. What differs is
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -25,6 +26,12 @@ Array = jax.Array
 NEGATIVE = (
     -1e10
 )  # added to attention logits that must vanish; finite, so that bf16 rows stay NaN-free
+# What stands between an MLP's first matrices and its last, by the name that T5 checkpoints give it.
+FEED_FORWARD: dict[str, Callable[[Array], Array]] = {
+    "relu": jax.nn.relu,
+    "gated-gelu": functools.partial(jax.nn.gelu, approximate=True),
+    "gated-silu": jax.nn.silu,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +42,10 @@ class T5Config:
       vocab_size: rows of the token embedding: text pieces, then docid tokens, then padding.
       tied_embeddings: output logits from the token embedding (T5 1.0) instead of a matrix of
         their own (T5 1.1).
+      feed_forward: the MLP, one of FEED_FORWARD: "gated-gelu" (T5 1.1, Flan-T5, mT5), "relu" (T5
+        1.0) or "gated-silu" (UL2).
+      layer_norm_epsilon: added to the mean square.
+      relative_buckets, relative_max_distance: of the position bias; see `relative_buckets`.
       embedding_scale: standard deviation of fresh token embeddings. T5's 1.0 suits Adafactor,
         whose updates follow each parameter's size; with Adam's equal updates a small model learns
         several times faster from small embeddings.
@@ -57,6 +68,8 @@ class T5Config:
     dtype: str = "float32"
     relative_buckets: int = 32
     relative_max_distance: int = 128
+    feed_forward: str = "gated-gelu"
+    layer_norm_epsilon: float = 1e-6
     learned_temperature: bool = False
     remat: bool = False
 
@@ -106,6 +119,7 @@ class RMSNorm(nn.Module):
     """x / rms(x) * scale, in float32 (Zhang and Sennrich 2019; T5's layer norm)."""
 
     dtype: Any
+    epsilon: float
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -114,7 +128,7 @@ class RMSNorm(nn.Module):
         )
         x = x.astype(jnp.float32)
         mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
-        return (x * jax.lax.rsqrt(mean_square + 1e-6) * scale).astype(self.dtype)
+        return (x * jax.lax.rsqrt(mean_square + self.epsilon) * scale).astype(self.dtype)
 
 
 class Embed(nn.Module):
@@ -228,16 +242,19 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Gated GELU: wo(gelu(wi_0 x) * wi_1 x) (Shazeer 2020)."""
+    """wo(gelu(wi_0 x) * wi_1 x) (Shazeer 2020), or T5 1.0's wo(relu(wi x))."""
 
     config: T5Config
 
     @nn.compact
     def __call__(self, x: Array, deterministic: bool) -> Array:
         c = self.config
-        gate = Dense(c.mlp_dim, ("embed", "mlp"), c.dtype, name="wi_0")(x)
-        linear = Dense(c.mlp_dim, ("embed", "mlp"), c.dtype, name="wi_1")(x)
-        hidden = jax.nn.gelu(gate, approximate=True) * linear
+        into = functools.partial(Dense, c.mlp_dim, ("embed", "mlp"), c.dtype)
+        activation = FEED_FORWARD[c.feed_forward]
+        if c.feed_forward.startswith("gated-"):
+            hidden = activation(into(name="wi_0")(x)) * into(name="wi_1")(x)
+        else:
+            hidden = activation(into(name="wi")(x))
         hidden = nn.Dropout(c.dropout_rate, broadcast_dims=(-2,))(
             hidden, deterministic=deterministic
         )
@@ -249,9 +266,9 @@ class EncoderLayer(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        self.pre_attention_layer_norm = RMSNorm(c.dtype)
+        self.pre_attention_layer_norm = RMSNorm(c.dtype, c.layer_norm_epsilon)
         self.attention = Attention(c)
-        self.pre_mlp_layer_norm = RMSNorm(c.dtype)
+        self.pre_mlp_layer_norm = RMSNorm(c.dtype, c.layer_norm_epsilon)
         self.mlp = Mlp(c)
         self.dropout = nn.Dropout(c.dropout_rate, broadcast_dims=(-2,))
 
@@ -267,11 +284,11 @@ class DecoderLayer(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        self.pre_self_attention_layer_norm = RMSNorm(c.dtype)
+        self.pre_self_attention_layer_norm = RMSNorm(c.dtype, c.layer_norm_epsilon)
         self.self_attention = Attention(c)
-        self.pre_cross_attention_layer_norm = RMSNorm(c.dtype)
+        self.pre_cross_attention_layer_norm = RMSNorm(c.dtype, c.layer_norm_epsilon)
         self.encoder_decoder_attention = Attention(c)
-        self.pre_mlp_layer_norm = RMSNorm(c.dtype)
+        self.pre_mlp_layer_norm = RMSNorm(c.dtype, c.layer_norm_epsilon)
         self.mlp = Mlp(c)
         self.dropout = nn.Dropout(c.dropout_rate, broadcast_dims=(-2,))
 
@@ -327,7 +344,7 @@ class Encoder(nn.Module):
         layer = nn.remat(EncoderLayer, static_argnums=(3,)) if c.remat else EncoderLayer
         self.relpos_bias = RelativeBias(c, bidirectional=True)
         self.layers = [layer(c) for _ in range(c.num_encoder_layers)]
-        self.encoder_norm = RMSNorm(c.dtype)
+        self.encoder_norm = RMSNorm(c.dtype, c.layer_norm_epsilon)
         self.dropout = nn.Dropout(c.dropout_rate, broadcast_dims=(-2,))
 
     def __call__(self, embedded: Array, bias: Array, deterministic: bool) -> Array:
@@ -347,7 +364,7 @@ class Decoder(nn.Module):
         layer = nn.remat(DecoderLayer, static_argnums=(5,)) if c.remat else DecoderLayer
         self.relpos_bias = RelativeBias(c, bidirectional=False)
         self.layers = [layer(c) for _ in range(c.num_decoder_layers)]
-        self.decoder_norm = RMSNorm(c.dtype)
+        self.decoder_norm = RMSNorm(c.dtype, c.layer_norm_epsilon)
         self.dropout = nn.Dropout(c.dropout_rate, broadcast_dims=(-2,))
         if not c.tied_embeddings:
             self.logits_dense = OutputMatrix(c)

@@ -7,7 +7,6 @@ import functools
 import logging
 from collections.abc import Sequence
 
-import jax
 import numpy as np
 
 from genret_jax.corpus import Document
@@ -22,12 +21,26 @@ from genret_jax.ranking import Ranker
 from genret_jax.recipe import Recipe
 from genret_jax.scoring import Fusion
 from genret_jax.splitting import Split
+from genret_jax.training import partitioning
+from genret_jax.training.profiling import Measuring
 
 log = logging.getLogger(__name__)
 DEV_BEAM = 10
 _DEV_METRICS = ("hits@1", "hits@10", "mrr@10")
 _MOST_PIECES = 400_000  # of documents, read before training begins: two minutes of a CPU
 _TASKS = "genret"
+
+
+def retrieval_model(recipe: Recipe, index: Index) -> RetrievalModel:
+    """The model that a recipe describes, over the vocabulary of an index."""
+    second = recipe.contrastive
+    config = dataclasses.replace(
+        recipe.network.t5(index.vocabulary.size),
+        learned_temperature=second.wanted and second.learned_temperature,
+    )
+    return RetrievalModel(
+        config, index.vocabulary.docids, vector=second.vector, **dataclasses.asdict(recipe.loss)
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,17 +52,25 @@ class Materials:
       split: train pairs and dev queries.
       index: vocabulary, docids, trie.
       recipe: of the run.
+      measuring: what to measure besides the time of steps.
     """
 
     documents: Sequence[Document]
     split: Split
     index: Index
     recipe: Recipe
+    measuring: Measuring = Measuring()
 
     @functools.cached_property
     def examples(self) -> TrainingExamples:
         index = self.index
-        return make_examples(self.documents, self.split.pairs, index.vocabulary, index.table)
+        return make_examples(
+            self.documents,
+            self.split.all_pairs,
+            index.vocabulary,
+            index.table,
+            pseudo=len(self.split.pseudo),
+        )
 
     @functools.cached_property
     def document_ids(self) -> list[str]:
@@ -61,18 +82,7 @@ class Materials:
 
     @functools.cached_property
     def model(self) -> RetrievalModel:
-        recipe = self.recipe
-        config = dataclasses.replace(
-            recipe.network.t5(self.index.vocabulary.size),
-            learned_temperature=recipe.contrastive.wanted
-            and recipe.contrastive.learned_temperature,
-        )
-        return RetrievalModel(
-            config,
-            self.index.vocabulary.docids,
-            vector=recipe.contrastive.vector,
-            **dataclasses.asdict(recipe.loss),
-        )
+        return retrieval_model(self.recipe, self.index)
 
     def ranker(self, fusion: Fusion | None = None) -> Ranker:
         return Ranker(
@@ -91,20 +101,28 @@ class Materials:
         return tuple(dict.fromkeys((*_DEV_METRICS, self.recipe.train.metric)))
 
     @functools.cached_property
+    def task_settings(self) -> dict[str, float]:
+        """What the recipe says of the tasks that both stages have; see `data.tasks.register`."""
+        data = self.recipe.data
+        return {
+            "indexing_share": self.examples.indexing_share(data.indexing_share),
+            "title_share": data.title_share,
+            "frame_share": data.frame_share,
+            "word_dropout": data.word_dropout,
+            "pseudo_share": data.pseudo_share,
+        }
+
+    @functools.cached_property
     def pools(self) -> list[Pool]:
         """The tasks of the mixture, read into memory."""
-        data, examples = self.recipe.data, self.examples
-        share = examples.indexing_share(data.indexing_share)
-        log.info("%d train pairs; %.0f %% indexing examples", len(examples.queries), 100 * share)
-        register(
-            _TASKS,
-            examples,
-            SeqioVocabulary(self.index.vocabulary),
-            indexing_share=share,
-            title_share=data.title_share,
-            frame_share=data.frame_share,
-            word_dropout=data.word_dropout,
+        data, examples, settings = self.recipe.data, self.examples, self.task_settings
+        log.info(
+            "%d train pairs, %d pseudo-queries; %.0f %% indexing examples",
+            examples.real,
+            examples.pseudo,
+            100 * settings["indexing_share"],
         )
+        register(_TASKS, examples, SeqioVocabulary(self.index.vocabulary), **settings)
         most = max(1, _MOST_PIECES // len(self.documents))
         return materialise(
             _TASKS,
@@ -118,10 +136,11 @@ class Materials:
 
     def batches(self, pools: Sequence[Pool], *, batch_size: int) -> Batches:
         used = np.concatenate([(p.arrays["encoder_input_tokens"] > 0).sum(1) for p in pools])
+        mesh = partitioning.make_mesh(model_parallel=self.recipe.train.model_parallel)
         return Batches(
             pools,
             batch_size=batch_size,
             seed=self.recipe.train.seed,
             buckets=length_buckets(used, self.input_length),
-            shard=(jax.process_index(), jax.process_count()),
+            shard=partitioning.share_of_batch(mesh),
         )

@@ -34,7 +34,6 @@ from genret_jax.stages.second import (
     DocumentEncoder,
     Miner,
     seconds_after_training,
-    train_config,
 )
 from genret_jax.training.budget import Clock
 from genret_jax.training.lexical_start import lexical_encoder
@@ -88,7 +87,7 @@ def train_dense(materials: Materials, folder: Path, clock: Clock) -> Dense:
     recipe, config = materials.recipe, materials.recipe.contrastive
     model = dense_model(materials)
     begin = _start(materials, model)
-    positives = known_positives(materials.split.pairs)
+    positives = known_positives(materials.split.all_pairs)
     docids = materials.index.vocabulary.docids
     side = DocumentSide.of(materials.examples, positives, docids, config)
     # All share one docid, which is none: no two documents may be taken for one another.
@@ -115,13 +114,14 @@ def train_dense(materials: Materials, folder: Path, clock: Clock) -> Dense:
     result = train(
         model,
         batches,
-        config=train_config(recipe.train, config),
+        config=config.train_config(recipe.train),
         folder=folder,
         evaluate=_dev_evaluation(materials, nearness),
         clock=clock,
         start=lambda _: begin(),
         refresh=refresh if config.refresh_every else None,
         refresh_every=config.refresh_every,
+        measuring=materials.measuring,
     )
     vectors = encoder.all(result.params)
     report = {

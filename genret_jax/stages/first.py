@@ -8,10 +8,13 @@ from pathlib import Path
 
 from genret_jax.evaluation import evaluate
 from genret_jax.modeling.model import Params
+from genret_jax.pretrained.checkpoint import open_checkpoint
 from genret_jax.scoring import run_of_candidates
 from genret_jax.stages.common import DEV_BEAM, Materials
+from genret_jax.training import processes
 from genret_jax.training.budget import Clock
 from genret_jax.training.lexical_start import lexical_start
+from genret_jax.training.pretrained_start import pretrained_start
 from genret_jax.training.trainer import Evaluate, TrainResult, train
 
 
@@ -25,14 +28,31 @@ def train_docids(materials: Materials, folder: Path, clock: Clock) -> TrainResul
         folder=folder,
         evaluate=dev_evaluation(materials),
         clock=clock,
-        start=_start(materials),
+        start=starting(materials),
+        measuring=materials.measuring,
     )
 
 
-def _start(materials: Materials) -> Callable[[Params], Params] | None:
+def take_docids(materials: Materials, params: Params, step: int) -> TrainResult:
+    """What `train_docids` makes, of parameters that were trained elsewhere, at `step`."""
+    evaluate = dev_evaluation(materials)
+    return TrainResult(params, step, evaluate(params) if evaluate else {}, step)
+
+
+def starting(materials: Materials) -> Callable[[Params], Params] | None:
+    """Fresh parameters -> those to begin with; None where the recipe wants the fresh ones."""
     config, model = materials.recipe.train, materials.model
     if config.start == "random":
         return None
+    if config.start == "pretrained":
+        return functools.partial(
+            pretrained_start,
+            checkpoint=open_checkpoint(config.init),
+            config=model.config,
+            vocabulary=materials.index.vocabulary,
+            table=materials.index.table,
+            seed=config.seed,
+        )
     return functools.partial(
         lexical_start,
         examples=materials.examples,
@@ -51,7 +71,10 @@ def dev_evaluation(materials: Materials) -> Evaluate | None:
     ranker = materials.ranker()
 
     def run(params: Params) -> dict[str, float]:
-        found = dict(zip(names, ranker.candidates(params, texts, beam=DEV_BEAM), strict=True))
+        reached = processes.spread(
+            lambda some: ranker.candidates(params, some, beam=DEV_BEAM), texts
+        )
+        found = dict(zip(names, reached, strict=True))
         scores = run_of_candidates(
             found, ranker.fusion, materials.document_ids, scoring="generation"
         )

@@ -12,7 +12,7 @@ from genret_jax.modeling.margin import MarginModel
 from genret_jax.modeling.model import Params
 from genret_jax.stages.common import Materials
 from genret_jax.stages.first import dev_evaluation
-from genret_jax.stages.second import Miner, SecondStage, train_config
+from genret_jax.stages.second import Miner, SecondStage
 from genret_jax.training.budget import Clock
 from genret_jax.training.trainer import train
 
@@ -55,12 +55,13 @@ def train_margin(materials: Materials, params: Params, folder: Path, clock: Cloc
             drawn_margin=config.drawn_margin,
         ),
         batches,
-        config=train_config(recipe.train, config),
+        config=config.train_config(recipe.train),
         folder=folder,
         evaluate=dev_evaluation(materials),
         clock=clock,
         start=lambda _: params,
         refresh=refresh if config.refresh_every else None,
         refresh_every=config.refresh_every,
+        measuring=materials.measuring,
     )
     return SecondStage(result, {"negatives": batches.negatives.report()})

@@ -28,7 +28,7 @@ from genret_jax.docids.features import unit_length
 from genret_jax.errors import UserError
 from genret_jax.evaluation import evaluate
 from genret_jax.modeling.contrastive import JointWeights
-from genret_jax.modeling.model import Params
+from genret_jax.modeling.model import Params, RetrievalModel
 from genret_jax.modeling.ranking_model import RankingModel
 from genret_jax.negatives import (
     Negatives,
@@ -39,9 +39,10 @@ from genret_jax.negatives import (
     prefix_negatives,
 )
 from genret_jax.ranking import Ranker, with_similarity
-from genret_jax.recipe import ContrastiveConfig, TrainConfig
+from genret_jax.recipe import ContrastiveConfig
 from genret_jax.scoring import SCORINGS, Candidates, Fusion, fit_fusion, run_of_candidates
 from genret_jax.stages.common import DEV_BEAM, Materials
+from genret_jax.training import processes
 from genret_jax.training.budget import Clock
 from genret_jax.training.trainer import TrainResult, train
 from genret_jax.vectors import DocumentVectors
@@ -88,7 +89,7 @@ def train_ranking(materials: Materials, params: Params, folder: Path, clock: Clo
     docids = materials.index.vocabulary.docids
     side = DocumentSide.of(materials.examples, miner.positives, docids, config)
     negatives = miner.negatives(0, params)
-    counts = _negatives_an_example(config, negatives)
+    counts = negatives_an_example(config, bool((np.asarray(negatives.prefix) >= 0).any()))
     batches = ContrastiveBatches(
         materials.batches(
             [with_documents(p, materials.examples, miner.positives) for p in materials.pools],
@@ -115,23 +116,43 @@ def train_ranking(materials: Materials, params: Params, folder: Path, clock: Clo
                 clock.reserve,
             )
     result = train(
-        ranking_model(materials, prefix_negatives=counts[0]),
+        ranking_model(config, materials.model, prefix_negatives=counts[0]),
         batches,
-        config=train_config(materials.recipe.train, config),
+        config=config.train_config(materials.recipe.train),
         folder=folder,
         evaluate=_dev_evaluation(materials, encoder),
         clock=clock,
         start=lambda _: params,
         refresh=refresh if config.refresh_every else None,
         refresh_every=config.refresh_every,
+        measuring=materials.measuring,
     )
+    return _finished(materials, encoder, result, {"negatives": batches.negatives.report()})
+
+
+def take_ranking(materials: Materials, params: Params, step: int) -> SecondStage:
+    """What `train_ranking` makes, of parameters that were trained elsewhere, at `step`."""
+    positives = known_positives(materials.split.all_pairs)
+    docids = materials.index.vocabulary.docids
+    config = materials.recipe.contrastive
+    encoder = DocumentEncoder(
+        materials, DocumentSide.of(materials.examples, positives, docids, config)
+    )
+    evaluate = _dev_evaluation(materials, encoder)
+    result = TrainResult(params, step, evaluate(params) if evaluate else {}, step)
+    return _finished(materials, encoder, result, {})
+
+
+def _finished(
+    materials: Materials, encoder: DocumentEncoder, result: TrainResult, report: dict[str, Any]
+) -> SecondStage:
+    """Vectors and fusion for the parameters that training chose; `report` goes on with them."""
     vectors = encoder.all(result.params)
     fusion, curve = _fit_fusion(materials, result.params, vectors)
-    report = {
-        "negatives": batches.negatives.report(),
+    report |= {
         "fusion": {**dataclasses.asdict(fusion), "dev": curve},
         "vectors": {
-            "store": config.store,
+            "store": materials.recipe.contrastive.store,
             "views": int(vectors.bounds[-1, 0]),
             "bytes": vectors.num_bytes,
         },
@@ -139,10 +160,18 @@ def train_ranking(materials: Materials, params: Params, folder: Path, clock: Clo
     return SecondStage(result, report, vectors, fusion)
 
 
-def _negatives_an_example(config: ContrastiveConfig, negatives: Negatives) -> tuple[int, int]:
-    """How many of each kind; 0 of a kind that has no weight, or that no document has."""
+def negatives_an_example(config: ContrastiveConfig, some_share: bool) -> tuple[int, int]:
+    """How many of each kind; 0 of a kind that has no weight, or that no document has.
+
+    Args:
+      config: of the stage.
+      some_share: whether any two docids share a prefix.
+
+    Raises:
+      UserError: there is nothing to contrast.
+    """
     prefix = config.prefix_negatives if config.prefix else 0
-    if prefix and not (np.asarray(negatives.prefix) >= 0).any():
+    if prefix and not some_share:
         log.info("no two docids share a prefix: stage 2 goes without prefix negatives")
         prefix = 0
     if not prefix and not config.retrieval:
@@ -153,11 +182,12 @@ def _negatives_an_example(config: ContrastiveConfig, negatives: Negatives) -> tu
     return prefix, config.retrieved_negatives if config.retrieval else 0
 
 
-def ranking_model(materials: Materials, *, prefix_negatives: int) -> RankingModel:
+def ranking_model(
+    config: ContrastiveConfig, model: RetrievalModel, *, prefix_negatives: int
+) -> RankingModel:
     """The model of stage 2 as the recipe wants it, for so many prefix negatives an example."""
-    config = materials.recipe.contrastive
     return RankingModel(
-        materials.model,
+        model,
         JointWeights(config.generation, config.prefix, config.retrieval),
         similarity=config.similarity,  # type: ignore[arg-type]
         temperature=config.temperature,
@@ -167,18 +197,13 @@ def ranking_model(materials: Materials, *, prefix_negatives: int) -> RankingMode
     )
 
 
-def train_config(config: TrainConfig, second: ContrastiveConfig) -> TrainConfig:
-    names = ("steps", "batch_size", "learning_rate", "warmup_steps", "evaluations")
-    return dataclasses.replace(config, **{name: getattr(second, name) for name in names})
-
-
 class Miner:
     """Negatives of this corpus by given parameters, kept in a folder.
 
     Args:
       materials: the corpus, made ready.
       folder: for them.
-      clock: of the whole run.
+      clock: of the whole run; none where there is no budget.
       by_model: parameters -> the search of source "model"; the beam's by default.
     """
 
@@ -186,13 +211,13 @@ class Miner:
         self,
         materials: Materials,
         folder: Path,
-        clock: Clock,
+        clock: Clock | None = None,
         *,
         by_model: Callable[[Params], Search] | None = None,
     ):
-        self._materials, self._folder, self._clock = materials, folder, clock
+        self._materials, self._folder, self._clock = materials, folder, clock or Clock(None)
         self._by_model = by_model
-        self.positives = known_positives(materials.split.pairs)
+        self.positives = known_positives(materials.split.all_pairs)
         self.questions = Questions.of(self.positives, materials.documents)
 
     def negatives(self, step: int, params: Params) -> Negatives:
@@ -219,7 +244,8 @@ class Miner:
             source=config.source,
             depth=depth,
         )
-        made.save(folder)
+        processes.on_first(lambda: made.save(folder))
+        processes.see(folder / "negatives.json")
         return Negatives.load(folder)
 
     def _retrieved(self, params: Params, rng: np.random.Generator) -> np.ndarray:
@@ -233,17 +259,22 @@ class Miner:
         end = clock.elapsed + _MINING_SHARE * ((clock.seconds or 0.0) - clock.elapsed)
         order = rng.permutation(len(questions.texts))
         out = np.empty((len(order), max(config.mined, config.retrieved_negatives)), np.int32)
-        out[order] = mine(
-            self._search(params),
-            [questions.texts[i] for i in order],
-            questions.relevant[order],
-            count=out.shape[1],
-            keep_going=(lambda: clock.elapsed < end) if clock.seconds else None,
-        )
+
+        def mined(some: list[int]) -> np.ndarray:
+            return mine(
+                self._search(params),
+                [questions.texts[i] for i in some],
+                questions.relevant[some],
+                count=out.shape[1],
+                keep_going=(lambda: clock.elapsed < end) if clock.seconds else None,
+            )
+
+        out[order] = processes.spread(mined, order.tolist())
         return out
 
     def _digest(self) -> str:
-        about = [self._materials.recipe.to_dict(), self._materials.index.about["fingerprint"]]
+        recipe = {**self._materials.recipe.to_dict(), "method": ""}  # by whatever name
+        about = [recipe, self._materials.index.about["fingerprint"]]
         return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
     def _search(self, params: Params) -> Any:
@@ -271,10 +302,11 @@ class DocumentEncoder:
         self._side, self._store = side, config.store
         self._cosine = config.similarity == "cosine"
         self._encode = jax.jit(materials.model.vectors)
+        self._embed = materials.model.config.embed_dim
         self._used = -(-(side.views.tokens > 0).sum(1) // 8) * 8
 
     def all(self, params: Params) -> DocumentVectors:
-        """Vectors as they are kept with the retriever."""
+        """Vectors as they are kept with the retriever; each process encodes its share."""
         everything = np.arange(len(self._side.views.tokens))
         return self._some(params, everything, store=self._store, quiet=False)
 
@@ -301,7 +333,8 @@ class DocumentEncoder:
             self._batch(on_device, batch, self._side.views.tokens.shape[1])
             times.append(time.monotonic() - begin)
         views, width = self._side.views.tokens.shape
-        return float(times[-1] * self._used.mean() / width * views / _ENCODE)
+        batches = views / _ENCODE / processes.count()
+        return float(times[-1] * self._used.mean() / width * batches)
 
     def _batch(self, params: Params, rows: np.ndarray, width: int) -> np.ndarray:
         padded = np.resize(rows, _ENCODE)
@@ -313,20 +346,25 @@ class DocumentEncoder:
         self, params: Params, rows: np.ndarray, *, store: str, quiet: bool
     ) -> DocumentVectors:
         on_device, used = jax.device_put(params), self._used[rows]
+        parts = [  # short views do not pay for long ones
+            alike[start : start + _ENCODE]
+            for width in np.unique(used)
+            for alike in [np.flatnonzero(used == width)]
+            for start in range(0, len(alike), _ENCODE)
+        ]
         bounds = self._side.views.bounds_of(rows)
-        made: DocumentVectors | None = None
-        with tqdm(total=len(rows), unit="view", desc="encoding", disable=quiet or None) as bar:
-            for width in np.unique(used).tolist():  # short views do not pay for long ones
-                alike = np.flatnonzero(used == width)
-                for start in range(0, len(alike), _ENCODE):
-                    part = alike[start : start + _ENCODE]
-                    vectors = self._batch(on_device, rows[part], width)
-                    vectors = unit_length(vectors) if self._cosine else vectors
-                    some = DocumentVectors.of(vectors, bounds, store=store)
-                    made = made or some.empty(len(rows))
-                    made.put(part, some)
-                    bar.update(len(part))
-        assert made is not None, "every document has a view"
+        nothing = np.zeros((0, self._embed), np.float32)
+        made = DocumentVectors.of(nothing, bounds, store=store).empty(len(rows))
+
+        hide = quiet or None  # None: where stderr is no terminal
+
+        def encode(some: list[np.ndarray]) -> None:
+            for part in tqdm(some, unit_scale=_ENCODE, unit="view", desc="encoding", disable=hide):
+                vectors = self._batch(on_device, rows[part], int(used[part[0]]))
+                vectors = unit_length(vectors) if self._cosine else vectors
+                made.put(part, DocumentVectors.of(vectors, bounds, store=store))
+
+        processes.fill(encode, parts, read=made.take, write=made.put)
         return made
 
 
@@ -335,7 +373,9 @@ def _dev_candidates(
 ) -> dict[str, Candidates]:
     queries = materials.split.dev_queries
     beam = min(beam, len(materials.index.trie.rows))
-    found = ranker.candidates(params, list(queries.values()), beam=beam)
+    found = processes.spread(
+        lambda some: ranker.candidates(params, some, beam=beam), list(queries.values())
+    )
     return dict(zip(queries, found, strict=True))
 
 

@@ -2,7 +2,8 @@
 
 Two series stand in the folder:
 
-- latest/: the whole training state, every so many steps, when the job is pre-empted, and at the
+- latest/: the whole training state, every so many steps, where the loop stops (on SIGTERM, see
+  `interruption`; Orbax's own policy for that would number the steps of each stage anew), and at the
   end; the newest two are kept. Training goes on from here.
 - best/: the parameters with the best dev metric so far; one is kept. The retriever is made from
   these.
@@ -40,9 +41,7 @@ class Checkpoints:
         folder = Path(folder).absolute()
         self._latest = ocp.training.Checkpointer(
             folder / "latest",
-            save_decision_policy=_saving.AnySavePolicy(
-                [_saving.FixedIntervalPolicy(every), _saving.PreemptionCheckpointingPolicy()]
-            ),
+            save_decision_policy=_saving.FixedIntervalPolicy(every),
             preservation_policy=_keeping.LatestN(2),
             cleanup_tmp_directories=True,
         )

@@ -8,7 +8,7 @@ from typing import Any
 
 from genret_jax.files import replace_on_success
 
-_SHOWN = ("hits@1", "mrr@10", "hits@10")
+_SHOWN = ("hits@1", "mrr@10", "hits@10", "token_probability")
 
 
 def draw_curves(records: Sequence[dict[str, Any]], path: str | Path, *, title: str = "") -> None:
@@ -28,10 +28,10 @@ def draw_curves(records: Sequence[dict[str, Any]], path: str | Path, *, title: s
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
     steps = [r["step"] for r in train]
-    # The loss of docids where there is one, so that runs with other terms compare.
-    docids = not train or "cross_entropy" in train[0]
-    left.plot(steps, [r["cross_entropy" if docids else "loss"] for r in train], color="C0")
-    label = "cross-entropy a docid token (nats)" if docids else "InfoNCE a query (nats)"
+    # The loss of tokens where there is one, so that runs with other terms compare.
+    tokens = not train or "cross_entropy" in train[0]
+    left.plot(steps, [r["cross_entropy" if tokens else "loss"] for r in train], color="C0")
+    label = "cross-entropy a token (nats)" if tokens else "InfoNCE a query (nats)"
     left.set(xlabel="step", ylabel=label, title="training loss")
     if train:
         left.set_ylim(bottom=0)
@@ -45,11 +45,7 @@ def draw_curves(records: Sequence[dict[str, Any]], path: str | Path, *, title: s
             xytext=(6, -3),
             color=f"C{i + 1}",
         )
-    right.set(
-        xlabel="step",
-        title=f"dev, by {'constrained beam' if docids else 'exact'} search",
-        ylim=(0, 1),
-    )
+    right.set(xlabel="step", title="dev", ylim=(0, 1))
     if dev:
         right.legend(loc="lower right")
     for axes in (left, right):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from types import FrameType
 from typing import Any, NoReturn
+
+from genret_jax.training import processes
 
 
 class Interrupted(SystemExit):
@@ -21,6 +24,9 @@ class Interruption:
 
     A second Ctrl-C interrupts at once. Outside the main thread, where Python allows no handlers,
     nothing is caught.
+
+    Where several processes train together, JAX has caught SIGTERM since they joined, and tells
+    them all a step at which to stop; Ctrl-C goes the same way.
     """
 
     requested: int = 0
@@ -28,7 +34,8 @@ class Interruption:
     def __enter__(self) -> Interruption:
         self._previous: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
+            own = (signal.SIGTERM, signal.SIGINT) if processes.count() == 1 else (signal.SIGINT,)
+            for number in own:
                 self._previous[number] = signal.signal(number, self._request)
         return self
 
@@ -40,6 +47,15 @@ class Interruption:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.requested = number
+        if processes.count() > 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def asked(self) -> bool:
+        """Whether to stop now, at the same step in all processes. To be called once a step."""
+        if processes.count() > 1 and processes.reached_stop():
+            self.requested = self.requested or signal.SIGTERM
+            return True
+        return processes.count() == 1 and bool(self.requested)
 
     def stop(self, message: str) -> NoReturn:
         """Raises Interrupted with the exit code of the signal (128 + its number)."""

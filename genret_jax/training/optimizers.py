@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from genret_jax.errors import UserError
 
 OPTIMIZERS = ("adamw", "adafactor")
+Rate = float | jax.Array | Callable[[jax.Array], jax.Array]
 SCHEDULES = ("cosine", "linear", "constant")
 
 
@@ -31,36 +33,34 @@ def make_optimizer(
         that knows something which few examples would wash out ("L2-SP", Li et al. 2018).
       clip_norm: of the gradient, over all parameters; 0 for none.
     """
-    if name == "adamw":
-
-        def make(learning_rate: float) -> optax.GradientTransformation:
-            adamw = optax.adamw(
-                learning_rate,
-                b2=0.98,
-                weight_decay=weight_decay,
-                mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
-            )
-            return _clipped(adamw, learning_rate * anchor, anchor > 0, clip_norm)
-
-    elif name == "adafactor":
-
-        def make(learning_rate: float) -> optax.GradientTransformation:
-            adafactor = optax.adafactor(learning_rate, decay_rate=0.8)
-            return _clipped(adafactor, learning_rate * anchor, anchor > 0, clip_norm)
-
-    else:
+    if name not in OPTIMIZERS:
         raise UserError(f"optimizer {name!r} is not known; choose one of {', '.join(OPTIMIZERS)}")
+
+    def make(learning_rate: float) -> optax.GradientTransformation:
+        optimizer = optimizer_at(
+            name, learning_rate, weight_decay=weight_decay, clip_norm=clip_norm
+        )
+        if not anchor:
+            return optimizer
+        return optax.chain(optimizer, pull_to_start(learning_rate * anchor))  # it is no gradient
+
     return optax.inject_hyperparams(make)(learning_rate=0.0)
 
 
-def _clipped(
-    optimizer: optax.GradientTransformation, pull: float, anchored: bool, clip_norm: float
+def optimizer_at(
+    name: str, learning_rate: Rate, *, weight_decay: float, clip_norm: float
 ) -> optax.GradientTransformation:
-    parts = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
-    parts.append(optimizer)
-    if anchored:
-        parts.append(pull_to_start(pull))
-    return optax.chain(*parts)
+    """`make_optimizer` with a fixed learning rate or a schedule, and no anchor."""
+    if name == "adamw":
+        optimizer = optax.adamw(
+            learning_rate,
+            b2=0.98,
+            weight_decay=weight_decay,
+            mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
+        )
+    else:
+        optimizer = optax.adafactor(learning_rate, decay_rate=0.8)
+    return optax.chain(optax.clip_by_global_norm(clip_norm), optimizer) if clip_norm else optimizer
 
 
 class Start(NamedTuple):
@@ -96,8 +96,14 @@ def set_learning_rate(state: optax.OptState, rate: jax.Array) -> optax.OptState:
 
 
 def learning_rate(
-    peak: float, progress: float, step: int, *, schedule: str, warmup_steps: int
-) -> float:
+    peak: float,
+    progress: Any,
+    step: Any,
+    *,
+    schedule: str,
+    warmup_steps: int,
+    xp: Any = np,
+) -> Any:
     """peak * warm-up * decay, where warm-up counts steps and decay follows progress.
 
     Args:
@@ -106,16 +112,17 @@ def learning_rate(
       step: steps behind us.
       schedule: "cosine" (to 0), "linear" (to 0) or "constant".
       warmup_steps: steps in which the rate rises linearly.
+      xp: numpy, or jax.numpy where progress and step are traced.
 
     Example:
-      >>> round(learning_rate(1.0, 0.5, 1000, schedule="cosine", warmup_steps=10), 3)
+      >>> round(float(learning_rate(1.0, 0.5, 1000, schedule="cosine", warmup_steps=10)), 3)
       0.5
     """
-    warm = min(1.0, (step + 1) / max(1, warmup_steps))
+    warm = xp.minimum(1.0, (step + 1) / max(1, warmup_steps))
     if schedule == "cosine":
-        decay = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        decay = 0.5 * (1 + xp.cos(np.pi * xp.minimum(1.0, progress)))
     elif schedule == "linear":
-        decay = max(0.0, 1 - progress)
+        decay = xp.maximum(0.0, 1 - progress)
     elif schedule == "constant":
         decay = 1.0
     else:

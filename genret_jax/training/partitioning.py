@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
 import numpy as np
 import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Int
+
+from genret_jax.errors import UserError
 
 # Logical axis -> mesh axis. The names are T5X's, and so is the choice: matrices are cut along the
 # wide axis, and activations and batches along "data".
@@ -30,11 +34,11 @@ def make_mesh(*, model_parallel: int = 1, devices: list[jax.Device] | None = Non
       devices: all devices of the job by default.
 
     Raises:
-      ValueError: when the number of devices does not divide by `model_parallel`.
+      UserError: when the number of devices does not divide by `model_parallel`.
     """
     devices = devices or jax.devices()
     if len(devices) % model_parallel:
-        raise ValueError(
+        raise UserError(
             f"{len(devices)} devices do not divide by model_parallel={model_parallel}; "
             "choose a divisor"
         )
@@ -102,3 +106,78 @@ def global_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Arra
     """This process's rows -> arrays of the global batch."""
     sharding = batch_sharding(mesh)
     return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+
+
+def share_of_batch(mesh: Mesh, process: int | None = None) -> tuple[int, int]:
+    """Which share of a batch's rows the devices of a process hold, and of how many.
+
+    Processes whose devices share one copy of the parameters hold the same rows.
+
+    Args:
+      mesh: with the axes ("data", "model").
+      process: this one by default.
+    """
+    owners = np.vectorize(lambda device: device.process_index, otypes=[int])(mesh.devices)
+    return share_of_rows(owners, jax.process_index() if process is None else process)
+
+
+def share_of_rows(owners: Int[np.ndarray, "data model"], process: int) -> tuple[int, int]:
+    """The same, from the process that owns each device of the mesh.
+
+    Raises:
+      UserError: where two processes share some of their rows only.
+    """
+    rows = {p: tuple(np.flatnonzero((owners == p).any(axis=1)).tolist()) for p in np.unique(owners)}
+    shares = sorted(set(rows.values()))
+    if sum(map(len, shares)) != len(owners) or len(set(map(len, shares))) != 1:
+        raise UserError(
+            f"the devices of {len(rows)} processes do not share a batch evenly; choose a "
+            "TrainConfig.model_parallel that divides the devices of one process, or is a multiple"
+        )
+    return shares.index(rows[process]), len(shares)
+
+
+def put(tree: Any, shardings: Any) -> Any:
+    """Arrays on the host, the same in every process -> arrays over the mesh."""
+
+    def one(array: Any, sharding: NamedSharding) -> jax.Array:
+        array = np.asarray(array)
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+    return jax.tree.map(one, tree, shardings)
+
+
+def on_host(tree: Any) -> Any:
+    """Whole arrays on the host, in every process."""
+
+    def one(array: Any) -> np.ndarray:
+        if isinstance(array, jax.Array) and not (
+            array.is_fully_addressable or array.is_fully_replicated
+        ):
+            whole = NamedSharding(array.sharding.mesh, PartitionSpec())  # type: ignore[attr-defined]
+            array = jax.jit(_same, out_shardings=whole)(array)
+        return np.asarray(array)
+
+    return jax.tree.map(one, tree)
+
+
+def on_own_devices(tree: Any) -> Any:
+    """Parameters with which this process can work by itself; as they are where it is alone.
+
+    Replicated arrays are taken from its first device as they lie there; others are spread over its
+    own devices as they were over the mesh.
+    """
+    if jax.process_count() == 1:
+        return tree
+    leaves = jax.tree.leaves(tree)
+    if all(x.is_fully_replicated for x in leaves):
+        return jax.tree.map(lambda x: x.addressable_data(0), tree)
+    own, model = jax.local_devices(), leaves[0].sharding.mesh.shape["model"]
+    mesh = make_mesh(model_parallel=math.gcd(model, len(own)), devices=own)
+    return jax.tree.map(
+        lambda x, y: put(x, NamedSharding(mesh, y.sharding.spec)), on_host(tree), tree
+    )
+
+
+def _same(array: jax.Array) -> jax.Array:
+    return array

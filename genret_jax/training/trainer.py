@@ -23,12 +23,20 @@ from genret_jax.data.batches import Arrays
 from genret_jax.errors import UserError
 from genret_jax.modeling.model import Batch, Params
 from genret_jax.recipe import TrainConfig
-from genret_jax.training import partitioning
+from genret_jax.training import partitioning, processes
 from genret_jax.training.budget import Clock, Plan
 from genret_jax.training.checkpoints import Checkpoints
 from genret_jax.training.interruption import Interruption
 from genret_jax.training.journal import Journal
 from genret_jax.training.optimizers import learning_rate, make_optimizer, set_learning_rate
+from genret_jax.training.profiling import (
+    Measuring,
+    Tracer,
+    device_memory,
+    global_shapes,
+    tokens_of,
+    training_flops,
+)
 
 log = logging.getLogger(__name__)
 Evaluate = Callable[[Params], dict[str, float]]
@@ -91,6 +99,7 @@ def train(
     start: Callable[[Params], Params] | None = None,
     refresh: Callable[[int, Params], None] | None = None,
     refresh_every: int = 0,
+    measuring: Measuring | None = None,
 ) -> TrainResult:
     """Trains to the end of the schedule, or goes on where the run in `folder` stopped.
 
@@ -99,25 +108,27 @@ def train(
       batches: batch number n for any n.
       config: see TrainConfig.
       folder: of checkpoints and metrics.
-      evaluate: parameters -> dev metrics, with `config.metric` among them.
+      evaluate: parameters -> dev metrics, with `config.metric` among them; the same in every
+        process. The parameters lie on the process's own devices.
       clock: a time budget; by default the run has `config.steps`.
       mesh: all devices by default.
       start: fresh parameters -> those to begin with, on the host; the fresh ones by default. Not
         called where a checkpoint is there.
       refresh: called with the step and the parameters before every step that `refresh_every`
         divides, 0 left out; and with the last such step where a run goes on.
+      measuring: what to measure besides the time of steps; see Measuring.
 
     Raises:
       Interrupted: after SIGTERM or Ctrl-C, once a checkpoint is written.
     """
-    clock = clock or Clock(None)
+    clock, measuring = clock or Clock(None), measuring or Measuring()
     mesh = mesh or partitioning.make_mesh(model_parallel=config.model_parallel)
     if config.batch_size % mesh.shape["data"]:
         raise UserError(
             f"TrainConfig.batch_size {config.batch_size} does not divide by the "
             f"{mesh.shape['data']} devices that share a batch; choose a multiple"
         )
-    stepper = Stepper(model, config, mesh)
+    stepper = Stepper(model, config, mesh, count_flops=measuring.peak is not None)
     state = stepper.init(jax.random.key(config.seed))
     plan = Plan(total=0 if clock.seconds else config.steps)
 
@@ -125,38 +136,43 @@ def train(
         Checkpoints(folder / "checkpoints", every=config.checkpoint_every) as checkpoints,
         Interruption() as interruption,
     ):
-        if checkpoints.latest_step is not None:
+        if _agreed(checkpoints.latest_step, folder) is not None:
             state, plan = _restore(checkpoints, state)
             clock.resume(plan.elapsed)
             if clock.seconds is None and plan.total == 0:  # stopped before its budget was planned
                 plan.total = max(config.steps, plan.step + 1)
             log.info("going on from step %d of %d", plan.step, plan.total)
         elif start:
-            state = stepper.begin_with(state, start(jax.device_get(state.params)))
+            fresh = partitioning.on_host(state.params)
+            state = stepper.begin_with(state, processes.everywhere(lambda: start(fresh)))
         journal = Journal(folder, after_step=plan.step)
         if not plan.done:
             stepper.compile(state, batches)
         loop = _Loop(stepper, batches, config, clock, journal, checkpoints, evaluate)
+        loop.measure(measuring.peak, Tracer(measuring.traces and measuring.traces / folder.name))
         if evaluate and not plan.done:
-            evaluate(state.params)  # compiles, so that the first timed evaluation does not
+            # Compiles, so that the first timed evaluation does not.
+            evaluate(partitioning.on_own_devices(state.params))
         if plan.step == 0:
             loop.evaluate(state, plan)
         if refresh and plan.step >= refresh_every and not plan.done:
-            refresh(plan.step // refresh_every * refresh_every, state.params)
+            own = partitioning.on_own_devices(state.params)
+            refresh(plan.step // refresh_every * refresh_every, own)
         with tqdm(initial=plan.step, unit="step", desc="training", disable=None) as bar:
             loop.begin_timing()  # of steps alone: compiling and the first evaluation are over
             while not plan.done:
                 if refresh and plan.step and plan.step % refresh_every == 0:
-                    loop.pause(refresh, plan.step, state.params)
+                    loop.pause(refresh, plan.step, partitioning.on_own_devices(state.params))
                 state = loop.once(state, plan, bar)
-                if interruption.requested and not plan.done:
+                if interruption.asked():
                     loop.save(state, plan, force=True)
                     interruption.stop(f"training stopped at step {plan.step}")
+        loop.tracer.close()
         loop.save(state, plan, force=True)
         journal.close()
         if checkpoints.best_step is None:
             checkpoints.save_best(plan.step, state.params)
-        params = jax.device_get(checkpoints.restore_best(state.params))
+        params = partitioning.on_host(checkpoints.restore_best(state.params))
         found = checkpoints.best_step
         best_step = plan.step if found is None else found  # 0 is a step too
         return TrainResult(params, best_step, journal.dev_at(best_step), plan.step)
@@ -165,8 +181,18 @@ def train(
 class Stepper:
     """The jitted step, with parameters and optimiser state sharded over a mesh."""
 
-    def __init__(self, model: Trainable, config: TrainConfig, mesh: jax.sharding.Mesh):
+    def __init__(
+        self,
+        model: Trainable,
+        config: TrainConfig,
+        mesh: jax.sharding.Mesh,
+        *,
+        count_flops: bool = False,
+    ):
         self._model, self._config, self.mesh = model, config, mesh
+        self._count_flops = count_flops
+        self._flops: dict[tuple[int, ...], float] = {}
+        self.flops = 0.0  # model FLOPs of the steps so far, where they are counted
         self._optimizer = make_optimizer(
             config.optimizer,
             weight_decay=config.weight_decay,
@@ -185,12 +211,16 @@ class Stepper:
         )
         params = jax.jit(lambda r: self._model.init(r)[0], out_shardings=params_sharding)(rng)
         opt_state = jax.jit(self._optimizer.init, out_shardings=opt_sharding)(params)
-        step = jax.device_put(jnp.zeros((), jnp.int32), partitioning.replicated(self.mesh))
+        step = partitioning.put(np.int32(0), partitioning.replicated(self.mesh))
         return TrainState(params, opt_state, step)
 
     def begin_with(self, state: TrainState, params: Params) -> TrainState:
-        """The state with other parameters, in the shardings of its own."""
-        put = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), params, state.params)
+        """The state with other parameters, on the host, in the shardings of its own.
+
+        Those of the first process count: the last bits of others' may differ.
+        """
+        shardings = jax.tree.map(lambda x: x.sharding, state.params)
+        put = partitioning.put(processes.broadcast_arrays(params), shardings)
         shardings = jax.tree.map(lambda x: x.sharding, state.opt_state)
         opt_state = jax.jit(self._optimizer.init, out_shardings=shardings)(put)
         return dataclasses.replace(state, params=put, opt_state=opt_state)
@@ -203,13 +233,17 @@ class Stepper:
             arrays = partitioning.global_batch(self.mesh, batch)
             key = arrays["encoder_input_tokens"].shape
             self._compiled[key] = step.lower(state, arrays, jnp.float32(0)).compile()
+            if self._count_flops:
+                whole = global_shapes(batch, self._config.batch_size)
+                self._flops[key] = training_flops(self._model.loss_fn, state.params, whole)
 
     def __call__(
         self, state: TrainState, batch: dict[str, np.ndarray], rate: float
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         arrays = partitioning.global_batch(self.mesh, batch)
-        step = self._compiled[arrays["encoder_input_tokens"].shape]
-        return step(state, arrays, jnp.float32(rate))
+        key = arrays["encoder_input_tokens"].shape
+        self.flops += self._flops.get(key, 0.0)
+        return self._compiled[key](state, arrays, jnp.float32(rate))
 
     def _step(
         self, state: TrainState, batch: dict[str, jax.Array], rate: jax.Array
@@ -219,6 +253,7 @@ class Stepper:
         (_, metrics), grads = gradient(state.params, batch, rng)
         opt_state = set_learning_rate(state.opt_state, rate)
         updates, opt_state = self._optimizer.update(grads, opt_state, state.params)
+        metrics["tokens"] = tokens_of(batch)
         metrics["gradient_norm"] = optax.tree_utils.tree_norm(grads)
         params = optax.apply_updates(state.params, updates)
         return TrainState(params, opt_state, state.step + 1), metrics
@@ -242,7 +277,12 @@ class _Loop:
         self._evaluate = evaluate
         self._pending: list[dict[str, jax.Array]] = []
         self._evaluation_seconds = 0.0
+        self.measure(None, Tracer(None))
         self.begin_timing()
+
+    def measure(self, peak: float | None, tracer: Tracer) -> None:
+        """Sets what is measured besides time; peak: FLOP/s of a device."""
+        self._peak, self.tracer = peak, tracer
 
     def once(self, state: TrainState, plan: Plan, bar: tqdm) -> TrainState:
         config, before = self._config, plan.progress
@@ -253,12 +293,17 @@ class _Loop:
             schedule=config.schedule,
             warmup_steps=config.warmup_steps,
         )
-        state, metrics = self._stepper(state, self._batches[plan.step], rate)
+        if self.tracer.due:
+            self.pause(self.tracer.turn, state)
+        with self.tracer.step(plan.step):
+            state, metrics = self._stepper(state, self._batches[plan.step], rate)
         plan.advance()
         bar.update()
         self._pending.append(metrics)
         # A run with a time budget has no plan before its first measurement: make that early.
-        measured = plan.total == 0 and time.monotonic() - self._since > _MEASURE_SECONDS
+        measured = plan.total == 0 and processes.broadcast(
+            time.monotonic() - self._since > _MEASURE_SECONDS
+        )
         if plan.step % config.log_every == 0 or plan.done or measured:
             self._log(plan, rate, bar)
         parts = config.evaluations
@@ -284,13 +329,20 @@ class _Loop:
             self._clock.plan(
                 plan, step_seconds=seconds, other_seconds=evaluations * self._evaluation_seconds
             )
+            if self._clock.seconds:
+                plan.total = processes.broadcast(plan.total)  # by the clock of the first process
         bar.total = plan.total or None
         bar.set_postfix(loss=f"{means['loss']:.3f}", refresh=False)
         speed = {
             "learning_rate": rate,
             "step_seconds": seconds,
             "examples_per_second": self._config.batch_size / seconds,
+            "tokens_per_second": means.pop("tokens") / seconds,
+            **device_memory(),
         }
+        if self._peak:
+            flops = self._stepper.flops / len(self._pending) / seconds
+            speed["flop_utilisation"] = flops / (self._peak * self._stepper.mesh.size)
         self._journal.write("train", plan, {**means, **speed})
         self._pending.clear()
         self.begin_timing()
@@ -300,7 +352,7 @@ class _Loop:
         if self._evaluate is None:
             return
         begin = time.monotonic()
-        dev = self._evaluate(state.params)
+        dev = processes.broadcast(self._evaluate(partitioning.on_own_devices(state.params)))
         self._journal.write("dev", plan, dev)
         if dev[self._config.metric] > plan.best:
             plan.best = np.float32(dev[self._config.metric])
@@ -318,6 +370,7 @@ class _Loop:
 
     def begin_timing(self) -> None:
         self._since = time.monotonic()
+        self._stepper.flops = 0.0
 
     def pause(self, work: Callable[..., None], *arguments: Any) -> None:
         """Does some other work, whose time is not the steps'."""
@@ -327,7 +380,7 @@ class _Loop:
 
     def save(self, state: TrainState, plan: Plan, *, force: bool = False) -> None:
         if force or self._checkpoints.should_save(plan.step):
-            plan.elapsed = np.float32(self._clock.elapsed)
+            plan.elapsed = processes.broadcast(np.float32(self._clock.elapsed))
             self._checkpoints.save(plan.step, _saved(state, plan), force=force)
 
 
@@ -341,8 +394,19 @@ def _saved(state: TrainState, plan: Plan) -> dict[str, Any]:
     }
     return {
         "state": state,
-        "plan": {k: jax.device_put(jnp.asarray(v), sharding) for k, v in counters.items()},
+        "plan": {k: partitioning.put(v, sharding) for k, v in counters.items()},
     }
+
+
+def _agreed(step: int | None, folder: Path) -> int | None:
+    """The step that training goes on from, which all processes must see alike."""
+    steps = processes.gather(step)
+    if len(set(steps)) > 1:
+        raise UserError(
+            f"{folder}: the processes see checkpoints of different steps {steps}; give an --out "
+            "on a file system that all of them share"
+        )
+    return step
 
 
 def _restore(checkpoints: Checkpoints, like: TrainState) -> tuple[TrainState, Plan]:
