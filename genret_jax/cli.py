@@ -18,7 +18,7 @@ from genret_jax.errors import UserError
 if TYPE_CHECKING:
     from genret_jax.corpus import Corpus
     from genret_jax.recipe import Recipe
-    from genret_jax.retriever import Retriever
+    from genret_jax.searchers import Opened
 
 log = logging.getLogger("genret_jax")
 
@@ -27,8 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb.
 
     Returns:
-      The exit code: 0, 1 where a part of an ablation failed, 2 for a user's mistake, 128 + n
-      after signal n.
+      The exit code: 0, 1 where a part of a comparison or an ablation failed, 2 for a user's
+      mistake, 128 + n after signal n.
     """
     arguments = _parser().parse_args(argv)
     arguments.started = time.monotonic()  # a time budget counts everything from here
@@ -86,9 +86,9 @@ def fit(arguments: argparse.Namespace) -> None:
     if not processes.is_first():
         log.setLevel(logging.WARNING)
 
-    from genret_jax.fit import fit as run_fit
+    from genret_jax.searchers import fit_method
 
-    retriever = run_fit(
+    retriever = fit_method(
         arguments.corpus,
         recipe=_recipe(arguments),
         out=arguments.out,
@@ -138,29 +138,36 @@ def pseudo_queries(arguments: argparse.Namespace) -> None:
 def search(arguments: argparse.Namespace) -> None:
     import dataclasses
 
-    from genret_jax.retriever import Retriever
+    from genret_jax.searchers import FittedSearcher, open_searcher
 
-    retriever = Retriever.load(arguments.run_folder)
-    hits = retriever.search(
-        arguments.query, k=arguments.k, beam=arguments.beam, scoring=arguments.scoring
-    )
-    lines = [f"{h.rank:3d}  {h.score:8.3f}  {h.document}  {h.title}  [{h.docid}]" for h in hits]
-    value = {"query": arguments.query, "hits": [dataclasses.asdict(h) for h in hits]}
+    retriever = open_searcher(arguments.run_folder)
+    options = _ranking_options(retriever, arguments)
+    found = retriever.search(arguments.query, k=arguments.k, **options)
+    hits = [dataclasses.asdict(hit) for hit in found]
+    if isinstance(retriever, FittedSearcher):
+        hits = [{**h, "title": retriever.title(one)} for h, one in zip(hits, found, strict=True)]
+    lines = [
+        f"{h['rank']:3d}  {h['score']:8.3f}  {h['document']}  {h['title']}"
+        + (f"  [{h['docid']}]" if "docid" in h else "")
+        for h in hits
+    ]
+    value = {"query": arguments.query, "hits": hits}
     _print(arguments, value, "\n".join(lines))
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
-    from genret_jax.comparison import Asked, baseline, compare
+    from genret_jax.comparison.searchers import compare_searchers
     from genret_jax.corpus import write_run
-    from genret_jax.retriever import Retriever, find_retriever
+    from genret_jax.harness.measuring import Asked, baseline
+    from genret_jax.retriever import find_retriever
+    from genret_jax.searchers import open_searcher
 
-    retriever = Retriever.load(arguments.run_folder)
+    retriever = open_searcher(arguments.run_folder)
+    options = _ranking_options(retriever, arguments)
     corpus = _corpus_of(retriever, arguments.corpus)
-    searchers: dict[str, Any] = {
-        retriever.name: Asked(retriever, beam=arguments.beam, scoring=arguments.scoring)
-    }
-    searchers |= {name: baseline(name, corpus) for name in arguments.baseline}
-    comparison = compare(searchers, corpus, split=arguments.split)
+    searchers: dict[str, Any] = {name: baseline(name, corpus) for name in arguments.baseline}
+    searchers = {retriever.name: Asked(retriever, **options), **searchers}
+    comparison = compare_searchers(searchers, corpus, split=arguments.split)
     folder = find_retriever(Path(arguments.run_folder))
     paths = comparison.write(folder)
     _add_metrics(folder / "metrics.json", arguments.split, comparison.methods[retriever.name])
@@ -171,6 +178,22 @@ def evaluate(arguments: argparse.Namespace) -> None:
     )
     if arguments.run_file:
         write_run(comparison.runs[retriever.name], arguments.run_file, tag=retriever.name)
+
+
+def _ranking_options(retriever: Opened, arguments: argparse.Namespace) -> dict[str, Any]:
+    """--beam and --scoring for what has them."""
+    from genret_jax.retriever import DEFAULT_BEAM, Retriever
+
+    beam, scoring = arguments.beam, arguments.scoring
+    if isinstance(retriever, Retriever):
+        return {"beam": DEFAULT_BEAM if beam is None else beam, "scoring": scoring}
+    if beam is not None or scoring is not None:
+        option = "--scoring" if beam is None else "--beam"
+        raise UserError(
+            f"{option} is for methods that generate docids; {arguments.run_folder} is of method "
+            f"{retriever.name}: leave it out"
+        )
+    return {}
 
 
 def _add_metrics(path: Path, split: str, values: dict[str, float]) -> None:
@@ -185,10 +208,9 @@ def ablate(arguments: argparse.Namespace) -> int:
     from genret_jax.ablation import FILES
     from genret_jax.ablation import ablate as run_ablate
 
-    out = Path(arguments.out)
     report = run_ablate(
         arguments.corpus,
-        out=out,
+        out=arguments.out,
         variants=arguments.variants,
         docids=arguments.docids,
         seeds=arguments.seeds,
@@ -198,9 +220,31 @@ def ablate(arguments: argparse.Namespace) -> int:
         gin_files=arguments.gin_file,
         bindings=arguments.gin,
     )
-    written = [str(out / name) for name in FILES]
+    return _report(arguments, report, FILES)
+
+
+def compare(arguments: argparse.Namespace) -> int:
+    from genret_jax.comparison.run import compare_methods
+
+    report = compare_methods(
+        arguments.corpus,
+        out=arguments.out,
+        methods=arguments.methods,
+        seeds=arguments.seeds,
+        splits=arguments.splits,
+        minutes=arguments.minutes,
+        size=arguments.size,
+        gin_files=arguments.gin_file,
+        bindings=arguments.gin,
+    )
+    return _report(arguments, report, report.files)
+
+
+def _report(arguments: argparse.Namespace, report: Any, files: Sequence[str]) -> int:
+    """Prints what a comparison or an ablation found, and where it is; 1 where a part failed."""
+    written = [str(Path(arguments.out) / name) for name in files]
     text = f"{report.markdown()}\nwritten: {', '.join(written)}"
-    _print(arguments, {"out": str(out), **report.to_dict(), "written": written}, text)
+    _print(arguments, {"out": arguments.out, **report.to_dict(), "written": written}, text)
     for name, reason in report.failures.items():
         print(f"genret: {name} failed: {reason}", file=sys.stderr)
     return 1 if report.failures else 0
@@ -234,6 +278,7 @@ def index(arguments: argparse.Namespace) -> None:
 def info(arguments: argparse.Namespace) -> None:
     from genret_jax.indexing import Index
     from genret_jax.retriever import Retriever
+    from genret_jax.searchers import open_searcher
 
     folder = Path(arguments.run_folder)
     for place in (folder, folder / "index"):
@@ -243,9 +288,10 @@ def info(arguments: argparse.Namespace) -> None:
             about = Index.load(place).about
             _print(arguments, about, _lines_of(about))
             return
-    retriever = Retriever.load(folder)
+    retriever = open_searcher(folder)
     about = {k: v for k, v in retriever.about.items() if k != "recipe"}
-    about["index"] = retriever.index.about["report"]
+    if isinstance(retriever, Retriever):
+        about["index"] = retriever.index.about["report"]
     about["bytes"] = {
         p.name: p.stat().st_size for p in sorted(retriever.folder.iterdir()) if p.is_file()
     }
@@ -283,7 +329,7 @@ def _recipe(arguments: argparse.Namespace) -> Recipe:
     )
 
 
-def _corpus_of(retriever: Retriever, given: str | None) -> Corpus:
+def _corpus_of(retriever: Opened, given: str | None) -> Corpus:
     """The corpus with queries and judgements that a retriever was made from."""
     from genret_jax.corpus import read_corpus
     from genret_jax.indexing import documents_digest
@@ -301,7 +347,7 @@ def _corpus_of(retriever: Retriever, given: str | None) -> Corpus:
     corpus = read_corpus(path)
     for warning in corpus.warnings:
         log.warning("%s", warning)
-    if documents_digest(corpus.documents) != retriever.index.about["documents_digest"]:
+    if documents_digest(corpus.documents) != retriever.documents_digest:
         raise UserError(
             f"{path}: its documents are not those that the retriever was made from; "
             "give the same corpus, or fit again"
@@ -393,7 +439,8 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="NAME",
-        help="measure bm25 or bm25+q (train queries appended to documents) too; may be repeated",
+        help="measure bm25, tfidf, bm25+q or tfidf+q (train queries appended to documents) too; "
+        "may be repeated",
     )
     _add_ranking_options(command)
     command.add_argument("--run-file", help="write the ranking as a TREC run")
@@ -405,6 +452,13 @@ def _parser() -> argparse.ArgumentParser:
         "genret ablate my_corpus --out runs/ablation --minutes 10 --seeds 0,1,2",
     )
     _add_ablate_options(command)
+
+    command = verb(
+        compare,
+        "methods against one another under the same budget, on the same queries",
+        "genret compare my_corpus --methods bm25,bm25+q,dense,dogr --minutes 10 --out runs/table",
+    )
+    _add_compare_options(command)
 
     command = verb(
         index,
@@ -437,7 +491,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_ranking_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--beam", type=int, default=100, help="hypotheses (default 100)")
+    command.add_argument("--beam", type=int, help="hypotheses (default 100)")
     command.add_argument(
         "--scoring",
         help="fused, generation or semantic (default fused, where the retriever has vectors)",
@@ -497,13 +551,7 @@ def _add_ablate_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--minutes", type=float, help="of each run; variants share stage 1, which counts for each"
     )
-    command.add_argument(
-        "--seeds",
-        type=_seeds,
-        default=(0,),
-        metavar="0,1",
-        help="every variant is trained with each (default 0)",
-    )
+    _add_seeds(command, "every variant is trained with each")
     command.add_argument("--split", default="test", help="which queries (default test)")
     command.add_argument(
         "--variants",
@@ -520,6 +568,35 @@ def _add_ablate_options(command: argparse.ArgumentParser) -> None:
         help="kinds of identifiers, a row each (default keywords,title,hierarchical,rq; '': none)",
     )
     _add_gin_options(command)
+
+
+def _add_compare_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("corpus", help="BEIR folder with the splits")
+    command.add_argument("--out", required=True, help="folder of the comparison; gone on with")
+    command.add_argument(
+        "--methods",
+        type=_names,
+        required=True,
+        metavar="A,B",
+        help="names of gin files in gin_configs/methods, such as bm25+q, tfidf, dense, dsi, "
+        "genre, dogr; rrf:A:B and weighted:A:B fuse the rankings of two of them",
+    )
+    command.add_argument("--minutes", type=float, help="that each method may take to be trained")
+    _add_seeds(command, "every method that is trained is trained with each")
+    command.add_argument(
+        "--splits",
+        type=_names,
+        default=("test",),
+        metavar="A,B",
+        help="whose queries are searched (default test); with several, such as seen and unseen "
+        "ones, a table each",
+    )
+    _add_gin_options(command)
+
+
+def _add_seeds(command: argparse.ArgumentParser, what: str) -> None:
+    help = f"{what} (default 0)"
+    command.add_argument("--seeds", type=_seeds, default=(0,), metavar="0,1", help=help)
 
 
 def _names(text: str) -> list[str]:

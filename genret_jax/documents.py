@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import functools
 import json
 import mmap
 from collections.abc import Iterable, Sequence
@@ -45,6 +47,22 @@ class DocumentStore:
         line = self._bytes[self._offsets[position] : self._offsets[position + 1]]
         record = json.loads(line)
         return Document(record["_id"], record["title"], record["text"])
+
+    @functools.cached_property
+    def _by_id(self) -> np.ndarray:
+        """int[documents]: positions in ascending order of id."""
+        return np.argsort(self.order)[::-1]
+
+    def find(self, document: str) -> Document:
+        """A document by its id.
+
+        Raises:
+          KeyError: there is none of this id.
+        """
+        place = bisect.bisect_left(self._by_id, document, key=lambda position: self[position].id)
+        if place == len(self) or (found := self[self._by_id[place]]).id != document:
+            raise KeyError(document)
+        return found
 
 
 def write_documents(documents: Iterable[Document], folder: str | Path) -> None:

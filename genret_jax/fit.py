@@ -34,6 +34,7 @@ from genret_jax.retriever import Retriever, find_retriever, write_retriever
 from genret_jax.splitting import Split, split_corpus
 from genret_jax.stages.common import DEV_BEAM, Materials
 from genret_jax.stages.first import take_docids, train_docids
+from genret_jax.stages.margin import train_margin
 from genret_jax.stages.second import SecondStage, take_ranking, train_ranking
 from genret_jax.t5x import checkpoint
 from genret_jax.training import processes
@@ -94,12 +95,12 @@ def fit(
     _check(recipe, minutes, stage, from_t5x, peak_flops)
     out, home, given = Path(out), Path(stage_one or out), corpus
     clock = Clock(minutes * 60 if minutes else None, started=started, reserve=_RESERVE_SECONDS)
-    path, corpus = processes.everywhere(lambda: _read(given))
+    path, corpus = processes.everywhere(lambda: read_given(given))
     split = split_corpus(corpus, recipe.data, seed=recipe.train.seed)
     if pseudo_queries:
         split = dataclasses.replace(split, pseudo=read_pseudo_queries(pseudo_queries, corpus))
     begun = _stage_one(home, recipe, corpus, split, stage) if stage_one else None
-    _claim(out, recipe, _identity_of_run(recipe, corpus, split, begun))
+    claim(out, recipe, _identity_of_run(recipe, corpus, split, begun))
     last = stage or (2 if recipe.contrastive.wanted else 1)
     there = _stage_of(out)
     if there >= last:
@@ -136,7 +137,8 @@ def fit(
         if taken:
             second = take_ranking(materials, *taken)
         else:
-            second = train_ranking(materials, first.params, out / "ranking", clock)
+            train_second = train_margin if recipe.contrastive.rank else train_ranking
+            second = train_second(materials, first.params, out / "ranking", clock)
     about = _about(materials, corpus, path, first, second)
     about["training"]["seconds"] = round(clock.elapsed, 1)
 
@@ -164,6 +166,12 @@ def _of_t5x(materials: Materials, folder: str | Path) -> tuple[Params, int]:
     return checkpoint.load_params(found, like), checkpoint.step_of(found)
 
 
+def check_minutes(minutes: float | None) -> None:
+    """UserError unless it is a time budget, or none."""
+    if minutes is not None and not 0 < minutes < float("inf"):
+        raise UserError(f"minutes must be a number above 0, found {minutes}")
+
+
 def _check(
     recipe: Recipe,
     minutes: float | None,
@@ -171,12 +179,21 @@ def _check(
     from_t5x: str | Path | None,
     peak_flops: float | None,
 ) -> None:
+    check_minutes(minutes)
     if from_t5x and stage is None:
         raise UserError("--from-t5x takes one stage; give --stage 1 or --stage 2")
     if peak_flops is not None and not 0 < peak_flops < float("inf"):
         raise UserError(f"peak_flops must be a number above 0, such as 197e12, found {peak_flops}")
-    if minutes is not None and not 0 < minutes < float("inf"):
-        raise UserError(f"minutes must be a number above 0, found {minutes}")
+    if recipe.searcher.module:
+        raise UserError(
+            f"method {recipe.method} makes no generative retriever; use `genret fit`, or "
+            "genret_jax.searchers.fit_method"
+        )
+    second = recipe.contrastive
+    if second.rank and (second.prefix or second.retrieval):
+        raise UserError(
+            "ContrastiveConfig.rank goes with neither prefix nor retrieval; leave one kind at 0"
+        )
     if stage is not None and stage not in STAGES:
         raise UserError(f"stage must be 1 or 2, found {stage}")
     if stage == 2 and not recipe.contrastive.wanted:
@@ -196,10 +213,11 @@ def _stage_of(out: Path) -> int:
     about = out / "retriever" / "retriever.json"
     if not about.is_file():
         return 0
-    return 2 if "fusion" in json.loads(about.read_text(encoding="utf-8")) else 1
+    return 2 if "second_stage" in json.loads(about.read_text(encoding="utf-8")) else 1
 
 
-def _read(corpus: str | Path | Corpus) -> tuple[str, Corpus]:
+def read_given(corpus: str | Path | Corpus) -> tuple[str, Corpus]:
+    """Where a corpus is ("" for one in memory), and what is there; its warnings are logged."""
     if isinstance(corpus, Corpus):
         return "", corpus
     read = read_corpus(corpus)
@@ -273,10 +291,16 @@ def _identity_of_run(recipe: Recipe, corpus: Corpus, split: Split, begun: _Stage
     return digest
 
 
-def _claim(out: Path, recipe: Recipe, digest: str) -> None:
+def claim(out: Path, recipe: Recipe, digest: str) -> None:
     """Marks the folder as this run's, or finds that it is.
 
     A time budget is not part of a run's identity: it may be raised when it goes on.
+
+    Args:
+      digest: of everything else that the run depends on.
+
+    Raises:
+      UserError: the folder is of another run, or of no run.
     """
 
     def claim() -> None:
@@ -296,7 +320,9 @@ def _claim(out: Path, recipe: Recipe, digest: str) -> None:
                     "or delete the folder"
                 )
             return
-        if out.is_dir() and not made and any(p != mark for p in out.iterdir()):
+        # A name with a dot is what a killed process had not yet put into its place.
+        names = [p for p in out.iterdir() if p != mark and p.name[0] != "."] if out.is_dir() else []
+        if names and not made:
             raise UserError(f"{out}: exists and is not a run of genret_jax; choose another --out")
         with replace_on_success(mark) as temporary:
             temporary.write_text(json.dumps({"run": digest, "recipe": recipe.to_dict()}, indent=1))
@@ -351,11 +377,11 @@ def _about(
         "recipe": recipe.to_dict(),
     }
     if second:
+        about["second_stage"] = {"steps": second.result.steps, **second.report}
+    if second and second.fusion:
         about["fusion"] = dataclasses.asdict(second.fusion)
-        about["second_stage"] = {
-            "steps": second.result.steps,
+        about["second_stage"] |= {
             "vector": recipe.contrastive.vector,
             "similarity": recipe.contrastive.similarity,
-            **second.report,
         }
     return about

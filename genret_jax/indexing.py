@@ -16,7 +16,7 @@ from typing import Any
 
 from genret_jax.corpus import Corpus, Document
 from genret_jax.docids.build import build_docids
-from genret_jax.docids.table import DocidTable
+from genret_jax.docids.table import EOS_LABEL, FIRST_ID, PAD_LABEL, DocidTable
 from genret_jax.documents import DocumentStore, write_documents
 from genret_jax.errors import UserError
 from genret_jax.files import replace_on_success
@@ -25,6 +25,7 @@ from genret_jax.trie import Trie, build_trie
 from genret_jax.vocabularies import Vocabulary, read_text_model, train_text_model
 
 FORMAT = 1
+NO_DOCIDS = "none"  # the kind of docids in a recipe without any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +84,7 @@ def build_index(
     corpus: Corpus,
     folder: str | Path,
     *,
-    docids: DocidConfig,
+    docids: DocidConfig | None,
     vocabulary: VocabularyConfig,
     pairs: Sequence[tuple[str, int]] = (),
     seed: int = 0,
@@ -93,7 +94,8 @@ def build_index(
     Args:
       corpus: documents, all of which are indexed.
       folder: of the index; one with the same fingerprint is used as it is.
-      docids, vocabulary: how to make them.
+      docids: how to make them; None for none, where all documents share one.
+      vocabulary: how to make it.
       pairs: train (query, position of a relevant document): the vocabulary is trained on their
         queries too, and docids may be made from them. Never dev or test queries.
       seed: of clustering.
@@ -121,17 +123,20 @@ def build_index(
             f"VocabularyConfig.rows is {vocabulary.rows}, but {words.text_size} pieces are in "
             f"{vocabulary.model or 'the vocabulary'}; the two are not of one model"
         )
-    if docids.with_queries:
+    if docids and docids.with_queries:
         for query, position in pairs:
             texts[position] += f" {query}"
-    table = build_docids(
-        docids.kind,
-        corpus.documents,
-        pieces=words.pieces,
-        texts=texts,
-        seed=seed,
-        **docids.settings,
-    )
+    if docids is None:
+        table = no_docids(len(corpus.documents))
+    else:
+        table = build_docids(
+            docids.kind,
+            corpus.documents,
+            pieces=words.pieces,
+            texts=texts,
+            seed=seed,
+            **docids.settings,
+        )
     trie = build_trie(table)
     about = {
         "format": FORMAT,
@@ -160,6 +165,13 @@ def _text_model(config: VocabularyConfig, texts: Sequence[str]) -> bytes:
     return train_text_model(texts, size=config.size, casefold=config.casefold)
 
 
+def no_docids(documents: int) -> DocidTable:
+    """One and the same docid for all documents: it tells nothing."""
+    labels = (PAD_LABEL, EOS_LABEL, "<document>")
+    rows = [[FIRST_ID]] * documents
+    return DocidTable.from_sequences(rows, range(documents), labels, NO_DOCIDS, {})
+
+
 def documents_digest(documents: Sequence[Document]) -> str:
     """SHA-256 of ids, titles and texts: whether a corpus is the one an index was made from."""
     digest = hashlib.sha256()
@@ -171,11 +183,11 @@ def documents_digest(documents: Sequence[Document]) -> str:
 def _fingerprint(
     documents: Sequence[Document],
     pairs: Sequence[tuple[str, int]],
-    docids: DocidConfig,
+    docids: DocidConfig | None,
     vocabulary: VocabularyConfig,
     seed: int,
 ) -> str:
-    settings = [dataclasses.asdict(docids), dataclasses.asdict(vocabulary), seed]
+    settings = [docids and dataclasses.asdict(docids), dataclasses.asdict(vocabulary), seed]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     digest.update(documents_digest(documents).encode())
     for query, position in pairs:

@@ -8,7 +8,9 @@ command-line bindings come last.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -160,8 +162,10 @@ class ContrastiveConfig:
 
     Attributes:
       generation, prefix, retrieval: weights of docid cross-entropy, InfoNCE over documents whose
-        docids share a prefix, and InfoNCE over retrieved and in-batch negatives. Without prefix
-        and retrieval there is no second stage.
+        docids share a prefix, and InfoNCE over retrieved and in-batch negatives.
+      rank: weight of the margin rank loss over documents, which goes with neither of those two;
+        without any of the three there is no second stage.
+      margin, drawn_margin: see `genret_jax.modeling.margin.margin_rank`, in nats.
       vector: semantic vector; see `genret_jax.modeling.model`.
       similarity, temperature, learned_temperature, share_negatives: see
         `genret_jax.modeling.contrastive.info_nce`.
@@ -182,6 +186,9 @@ class ContrastiveConfig:
     generation: float = 1.0
     prefix: float = 0.0
     retrieval: float = 0.0
+    rank: float = 0.0
+    margin: float = 3.0
+    drawn_margin: float = 4.0
     vector: str = "decoder_first"
     similarity: str = "cosine"
     temperature: float = 0.05
@@ -208,12 +215,26 @@ class ContrastiveConfig:
 
     @property
     def wanted(self) -> bool:
-        return self.prefix > 0 or self.retrieval > 0
+        return self.prefix > 0 or self.retrieval > 0 or self.rank > 0
 
     def train_config(self, config: TrainConfig) -> TrainConfig:
         """How to train this stage: `config` with what is said here."""
         names = ("steps", "batch_size", "learning_rate", "warmup_steps", "evaluations")
         return dataclasses.replace(config, **{name: getattr(self, name) for name in names})
+
+
+@dataclasses.dataclass(frozen=True)
+class SearcherConfig:
+    """What is made and searched, where it is no generative retriever.
+
+    Attributes:
+      module: dotted name of a module with the functions `fit` and `load`, as
+        `genret_jax.searchers` wants them; "" for a generative retriever.
+      settings: for its `fit`.
+    """
+
+    module: str = ""
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -278,6 +299,7 @@ class Recipe:
     train: TrainConfig
     contrastive: ContrastiveConfig
     checkpoint: str = ""
+    searcher: SearcherConfig = SearcherConfig()
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -292,6 +314,7 @@ _PARTS = {
     "train": TrainConfig,
     "contrastive": ContrastiveConfig,
     "generation": GenerationConfig,
+    "searcher": SearcherConfig,
 }
 _CONFIGURABLE = {
     name: gin.external_configurable(part, name=part.__name__) for name, part in _PARTS.items()
@@ -307,6 +330,15 @@ def gin_folder() -> Path:
 def methods() -> list[str]:
     """Names that `--method` takes."""
     return sorted(p.stem for p in (gin_folder() / "methods").glob("*.gin"))
+
+
+def description(method: str) -> str:
+    """The first sentence of the comment that a method's gin file begins with."""
+    lines = (gin_folder() / "methods" / f"{method}.gin").read_text(encoding="utf-8").splitlines()
+    comment = itertools.takewhile(lambda line: line.startswith("#"), lines)
+    text = " ".join(line.lstrip("# ") for line in comment)
+    end = re.search(r"[.](?= [A-Z]|$)", text)
+    return text[: end.start()] if end else text
 
 
 def sizes() -> list[str]:
@@ -486,6 +518,9 @@ _NOT_NEGATIVE = (
     "generation",
     "prefix",
     "retrieval",
+    "rank",
+    "margin",
+    "drawn_margin",
     "anchor",
     "weight_decay",
     "clip_norm",

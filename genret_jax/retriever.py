@@ -85,6 +85,11 @@ class Retriever:
     def name(self) -> str:
         return str(self.about["method"])
 
+    @property
+    def documents_digest(self) -> str:
+        """Of the documents that it was made from; see `genret_jax.indexing.documents_digest`."""
+        return str(self.index.about["documents_digest"])
+
     @classmethod
     def fit(
         cls,
@@ -244,6 +249,11 @@ class Retriever:
         """
         folder = find_retriever(Path(folder))
         about = read_json(folder / "retriever.json", what="retriever")
+        if about.get("searcher"):
+            raise UserError(
+                f"{folder}: is of method {about.get('method')}, which does not generate; open it "
+                "with genret_jax.searchers.open_searcher"
+            )
         index = Index.load(folder)
         try:
             T5Config(**about["network"])

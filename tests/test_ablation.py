@@ -16,12 +16,12 @@ from tiny import FAST, tiny_corpus
 from genret_jax import Retriever, UserError
 from genret_jax.ablation import FILES, Report, ablate
 from genret_jax.ablation import run as ablation_run
-from genret_jax.ablation.report import Measured, Row
 from genret_jax.ablation.variants import BASELINES, chosen_variants, without_repetition
 from genret_jax.cli import main
 from genret_jax.corpus import read_run, write_corpus
 from genret_jax.evaluation import DEFAULT_METRICS, evaluate
 from genret_jax.fit import fit
+from genret_jax.harness.rows import Measured, Row
 from genret_jax.recipe import load_recipe
 from genret_jax.significance import holm
 from genret_jax.training.interruption import Interrupted
@@ -403,7 +403,7 @@ def test_report_by_hand(tmp_path):
 
 def test_one_seed_has_no_spread_and_all_may_fail(tmp_path):
     assert "±" not in made(seeds=(0,)).table() and "one seed" in made(seeds=(0,)).markdown()
-    rows = [Row(row.variant, (), {"0": "no"}) for row in made().rows]
+    rows = [Row(row.entry, (), {"0": "no"}) for row in made().rows]
     report = Report(tuple(rows), "invented", "test", 4, (0,), None, "atomic")
     assert report.best_baseline == "" and report.tests == {}
     report.write(tmp_path)

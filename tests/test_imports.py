@@ -16,17 +16,18 @@ PACKAGE = Path(__file__).resolve().parent.parent / "genret_jax"
 # (to its left in the flow of data). "__init__" is the face of the package, `import genret_jax`.
 ROOMS = """
     errors files lines records trec corpus documents
-    baselines evaluation significance comparison
+    baselines evaluation significance hybrid
     docids trie vocabularies decoding
     modeling pretrained scoring ranking vectors
     recipe splitting indexing negatives data training
-    weights retriever export pseudo_queries stages t5x fit ablation quickstart
+    weights retriever export pseudo_queries dense stages t5x fit searchers
+    harness comparison ablation quickstart
     __init__ cli __main__
 """.split()  # noqa: SIM905
 
 # (room, room to its right): imported inside a function only, so that neither needs the other to
 # load. Retriever.fit(...) is `fit.fit(...)` where a user looks for it first.
-SHORTCUTS = {("retriever", "fit")}
+SHORTCUTS = {("retriever", "fit"), ("dense", "stages")}
 
 # Rooms that may import TensorFlow or SeqIO by name.
 TENSORFLOW_ROOMS = {"data", "t5x"}
@@ -40,6 +41,8 @@ SEARCH_MODULES = [
     "genret_jax.vocabularies",
     "genret_jax.ranking",
     "genret_jax.retriever",
+    "genret_jax.dense",
+    "genret_jax.searchers",
 ]
 NOT_ON_THE_SEARCH_PATH = ["tensorflow", "seqio", "sklearn", "matplotlib"]
 

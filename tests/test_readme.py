@@ -35,6 +35,8 @@ def test_every_command_parses(command):
     arguments = _parser().parse_args(command)
     assert arguments.run.__name__ == command[0].replace("-", "_")
     assert getattr(arguments, "method", "dsi") in methods()
+    for name in getattr(arguments, "methods", ()):
+        assert set(name.removeprefix("rrf:").removeprefix("weighted:").split(":")) <= set(methods())
 
 
 def test_the_first_commands_run(tmp_path, monkeypatch, capsys):
@@ -67,3 +69,5 @@ def test_names_in_the_readme_exist():
         assert f"`{kind}`" in README, kind
     for size in sizes():
         assert f"`{size}`" in README, size
+    for method in methods():
+        assert f"`{method}`" in README or method == "quickstart", method

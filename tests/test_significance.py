@@ -13,9 +13,10 @@ from scipy import stats
 from tiny import tiny_corpus
 
 from genret_jax.baselines.protocol import Hit
-from genret_jax.comparison import Asked, compare
+from genret_jax.comparison.searchers import compare_searchers
 from genret_jax.errors import UserError
 from genret_jax.evaluation import per_query, randomisation_test
+from genret_jax.harness.measuring import Asked
 from genret_jax.significance import TESTED_METRICS, against, holm, paired, t_test
 
 
@@ -141,7 +142,7 @@ def test_a_comparison_tells_significance(tmp_path):
         {q: f"{text} {q.split('-')[0]}" for q, text in corpus.queries.items()},
         corpus.qrels,
     )
-    comparison = compare(
+    comparison = compare_searchers(
         {"ours": Fixed("ours", True), "weak": Fixed("weak", False), "same": Fixed("same", True)},
         corpus,
         split="test",
@@ -158,7 +159,7 @@ def test_a_comparison_tells_significance(tmp_path):
     assert found["significance"]["weak"]["mrr@10"] < 0.05
     assert comparison.text().startswith(comparison.table())
     assert "- ours against same: 1.000 in hits@1, 1.000 in mrr@10" in comparison.text()
-    alone = compare({"ours": Fixed("ours", True)}, corpus, split="test")
+    alone = compare_searchers({"ours": Fixed("ours", True)}, corpus, split="test")
     assert alone.to_dict()["significance"] == {} and alone.text() == alone.table()
     paths = comparison.write(tmp_path)
     assert "against weak" in paths[1].read_text()

@@ -11,7 +11,8 @@ from genret_jax.ablation.variants import FULL
 from genret_jax.significance import TESTED_METRICS
 
 if TYPE_CHECKING:
-    from genret_jax.ablation.report import Report, Row
+    from genret_jax.ablation.report import Report
+    from genret_jax.harness.rows import Row
 
 # Group of rows -> colour; from the palette of Okabe and Ito, which colour-blind readers tell apart.
 _COLOURS = {
@@ -45,7 +46,7 @@ def draw(report: Report, path: Path) -> None:
 
     places, place = [], 0.0
     for i, row in enumerate(report.rows):
-        changed = i > 0 and row.variant.group != report.rows[i - 1].variant.group
+        changed = i > 0 and row.entry.group != report.rows[i - 1].entry.group
         place += 1.45 if changed else float(i > 0)  # a gap between groups
         places.append(place)
     figure = Figure(figsize=(11, 1.9 + 0.36 * place), layout="constrained", dpi=130)
@@ -57,7 +58,7 @@ def draw(report: Report, path: Path) -> None:
     panels[0].set_ylim(place + 0.6, -0.6)
     for label, row in zip(panels[0].get_yticklabels(), report.rows, strict=True):
         label.set_fontweight("bold" if row.name == FULL else "normal")
-    groups = dict.fromkeys(row.variant.group for row in report.rows)
+    groups = dict.fromkeys(row.entry.group for row in report.rows)
     handles: list[Any] = [Patch(color=_COLOURS[g], label=_LABELS[g]) for g in groups]
     if len(report.seeds) > 1:
         from matplotlib.lines import Line2D
@@ -83,7 +84,7 @@ def _bars(axes: Any, report: Report, metric: str, places: list[float]) -> None:
         if not row.measured:
             axes.text(0.98, place, "failed", ha="right", color="#b00020", **margin)
             continue
-        axes.barh(place, row.mean[metric], 0.8, color=_COLOURS[row.variant.group], zorder=1)
+        axes.barh(place, row.mean[metric], 0.8, color=_COLOURS[row.entry.group], zorder=1)
         seeds = [one.metrics[metric] for one in row.measured]
         if len(seeds) > 1:  # one above the other, so that equal ones are seen
             heights = place + np.linspace(-0.24, 0.24, len(seeds))

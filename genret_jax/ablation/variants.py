@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from genret_jax.docids.build import KINDS
 from genret_jax.errors import UserError
+from genret_jax.harness.rows import Entry
 from genret_jax.recipe import Recipe
 
 log = logging.getLogger(__name__)
@@ -16,32 +17,20 @@ DOCIDS = ("keywords", "title", "hierarchical", "rq")
 
 
 @dataclasses.dataclass(frozen=True)
-class Variant:
-    """One row.
+class Variant(Entry):
+    """One row; its group is "baseline", "method", "loss", "views", "scoring" or "docids".
 
     Attributes:
-      name: of the row; on the command line with hyphens for blanks.
-      what: one line of explanation, for the legend.
-      group: "baseline", "method", "loss", "views", "scoring" or "docids": its colour in the
-        picture.
       bindings: lines of gin that make the difference.
       stage: where its training ends.
       of: the variant whose training it measures, where that is another one.
       scoring: what it is ranked by; the retriever's own choice by default.
     """
 
-    name: str
-    what: str
-    group: str
     bindings: tuple[str, ...] = ()
     stage: int = 2
     of: str = ""
     scoring: str | None = None
-
-    @property
-    def slug(self) -> str:
-        """The name in file names and on the command line."""
-        return self.name.replace(" ", "-")
 
     @property
     def training(self) -> str:
@@ -75,32 +64,32 @@ VARIANTS = (
         "stage 1 all the time",
         "stage 1 with the time of both",
         "loss",
-        ("ContrastiveConfig.share = 0.0",),
+        bindings=("ContrastiveConfig.share = 0.0",),
         stage=1,
     ),
     Variant(
         "without prefix loss",
         "stage 2 without documents that share a docid prefix",
         "loss",
-        ("ContrastiveConfig.prefix = 0.0",),
+        bindings=("ContrastiveConfig.prefix = 0.0",),
     ),
     Variant(
         "without retrieval loss",
         "stage 2 without retrieved and in-batch documents",
         "loss",
-        ("ContrastiveConfig.retrieval = 0.0",),
+        bindings=("ContrastiveConfig.retrieval = 0.0",),
     ),
     Variant(
         "one view",
         "a document has one vector, of its beginning",
         "views",
-        ("ContrastiveConfig.pieces = 1", "ContrastiveConfig.queries = 0"),
+        bindings=("ContrastiveConfig.pieces = 1", "ContrastiveConfig.queries = 0"),
     ),
     Variant(
         "no query views",
         "a document's vectors are of pieces of its text alone",
         "views",
-        ("ContrastiveConfig.queries = 0",),
+        bindings=("ContrastiveConfig.queries = 0",),
     ),
 )
 
@@ -129,6 +118,7 @@ def chosen_variants(names: Sequence[str] | None, docids: Sequence[str]) -> list[
             f"docids {kind}",
             f"the whole method with identifiers of kind {kind}",
             "docids",
+            kind,
             (f"DocidConfig.kind = {kind!r}", "DocidConfig.settings = {}"),
         )
         for kind in dict.fromkeys(docids)

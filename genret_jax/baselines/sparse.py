@@ -12,8 +12,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
-import threading
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,20 +20,20 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from genret_jax.baselines.protocol import Hit
+from genret_jax.baselines.protocol import Hit, best_hits
+from genret_jax.baselines.words import Words, train_queries
 from genret_jax.corpus import Corpus, Document
+from genret_jax.documents import descending
 from genret_jax.errors import UserError
 from genret_jax.files import replace_on_success
 
 _METHODS = ("lucene", "robertson", "atire", "bm25l", "bm25+")
-# So many that indexing hardly forgets any, few enough that a server's memory has an end.
-_STEMS_KEPT = 1 << 20
 _FORMAT = 1
 _SETTINGS_FILE = "bm25.json"
 _IDS_FILE = "ids.json"
 _ORDER_FILE = "order.npy"
-# The token pattern of bm25s.tokenize: words of two characters or more.
-_WORD = re.compile(r"(?u)\b\w\w+\b")
+
+TRAINED = False  # see `genret_jax.searchers`
 
 
 class BM25:
@@ -62,7 +60,7 @@ class BM25:
         self._engine = engine
         self._ids = ids
         self._order = order
-        self._word = _Words()
+        self._word = Words()
         self.name = name
 
     @classmethod
@@ -99,7 +97,7 @@ class BM25:
                 f"BM25: an extra text for position {outside[0]}, but there are {len(documents)} "
                 "documents; count positions from 0"
             )
-        words = _Words()
+        words = Words()
         numbers: dict[str, int] = {}
         tokens = [
             [
@@ -119,7 +117,7 @@ class BM25:
         engine = _bm25s().BM25(k1=k1, b=b, method=method)
         engine.index((tokens, numbers), create_empty_token=False, show_progress=progress)
         ids = [document.id for document in documents]
-        return cls(engine, ids, _descending_order(ids), name=name)
+        return cls(engine, ids, descending(ids), name=name)
 
     def search(self, queries: Sequence[str], *, k: int, progress: bool = False) -> list[list[Hit]]:
         """At most `k` documents a query that share a word with it, best first.
@@ -201,65 +199,36 @@ class BM25:
         # bm25l and bm25+ give every document the same score for the words that it lacks.
         absent = self._engine.nonoccurrence_array
         floor = 0 if absent is None else absent[np.asarray(tokens)].sum()
-        found = np.flatnonzero(scores > floor)
-        if len(found) > k:
-            bound = np.partition(scores[found], -k)[-k]
-            found = found[scores[found] >= bound]
-        best = found[np.lexsort((self._order[found], -scores[found]))][:k]
-        return [
-            Hit(self._ids[position], float(scores[position]), rank)
-            for rank, position in enumerate(best.tolist(), start=1)
-        ]
+        return best_hits(scores, np.flatnonzero(scores > floor), self._ids, self._order, k=k)
 
 
-def bm25_for(corpus: Corpus, *, with_train_queries: bool, progress: bool = False) -> BM25:
+def bm25_for(
+    corpus: Corpus, *, with_train_queries: bool, progress: bool = False, **settings: Any
+) -> BM25:
     """BM25 over a corpus; with train queries, over what a generative retriever is trained on.
 
     Args:
       with_train_queries: whether each document gets the queries of the split "train" that it is
         relevant to appended ("BM25+q").
+      **settings: of `BM25.index`.
 
     Raises:
       UserError: there is no split "train", or what `BM25.index` raises.
     """
-    if not with_train_queries:
-        return BM25.index(corpus.documents, progress=progress)
-    queries: dict[int, list[str]] = {}
-    for query, position in corpus.pairs("train"):
-        queries.setdefault(position, []).append(query)
-    return BM25.index(corpus.documents, extra_texts=queries, name="BM25+q", progress=progress)
+    extra = train_queries(corpus) if with_train_queries else None
+    settings = {"name": "BM25+q" if with_train_queries else "BM25", **settings}
+    return BM25.index(corpus.documents, extra_texts=extra, progress=progress, **settings)
 
 
-class _Words:
-    """Text -> stemmed words without stop words; stems are remembered, for stemming is the cost."""
+def fit(corpus: Corpus, folder: Path, work: Any) -> dict[str, Any]:
+    """Method `bm25`: indexes into `folder`; see `genret_jax.searchers`."""
+    bm25_for(corpus, **{"with_train_queries": False, **work.settings}).save(folder / "bm25")
+    return {}
 
-    def __init__(self) -> None:
-        import Stemmer
-        from bm25s.stopwords import STOPWORDS_EN
 
-        self._stop_words = frozenset(STOPWORDS_EN)
-        self._stems: dict[str, str] = {}
-        self._stemmer = Stemmer.Stemmer("english")
-        self._lock = threading.Lock()
-
-    def __call__(self, text: str) -> list[str]:
-        stems = []
-        for word in _WORD.findall(text.lower()):
-            if word in self._stop_words:
-                continue
-            stem = self._stems.get(word)
-            if stem is None:
-                stem = self._remember(word)
-            stems.append(stem)
-        return stems
-
-    def _remember(self, word: str) -> str:
-        with self._lock:  # A Snowball stemmer is not made for several threads; a server has them.
-            if len(self._stems) >= _STEMS_KEPT:
-                self._stems.clear()
-            stem: str = self._stemmer.stemWord(word)
-            self._stems[word] = stem
-        return stem
+def load(folder: Path) -> BM25:
+    """Opens what `fit` left."""
+    return BM25.load(folder / "bm25")
 
 
 def _bm25s() -> Any:
@@ -280,12 +249,6 @@ def _check_settings(*, k1: float, b: float, method: str) -> None:
         raise UserError(f"BM25: b = {b}; give a number from 0 to 1")
     if method not in _METHODS:
         raise UserError(f"BM25: method {method!r}; give one of {', '.join(_METHODS)}")
-
-
-def _descending_order(ids: Sequence[str]) -> npt.NDArray[np.int32]:
-    order = np.empty(len(ids), dtype=np.int32)
-    order[sorted(range(len(ids)), key=ids.__getitem__, reverse=True)] = np.arange(len(ids))
-    return order
 
 
 def _write_json(path: Path, value: dict[str, Any] | Iterable[str]) -> None:

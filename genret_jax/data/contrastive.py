@@ -121,6 +121,8 @@ class ContrastiveBatches:
       negatives: tables to draw from; a row of `retrieved` for every question.
       prefix, retrieved: how many negatives of each kind an example gets.
       seed: of the drawing.
+      top_first: whether the first retrieved one is the best-ranked, and the others drawn from the
+        rest.
     """
 
     def __init__(
@@ -133,11 +135,13 @@ class ContrastiveBatches:
         prefix: int,
         retrieved: int,
         seed: int,
+        top_first: bool = False,
     ):
         self._batches, self._side, self._questions = batches, side, questions
         self.negatives = negatives
         self._counts = (prefix, retrieved)
         self._seed = seed
+        self._top_first = top_first
 
     def __getitem__(self, n: int) -> Arrays:
         rng = np.random.default_rng([self._seed, _SEED, n])
@@ -148,11 +152,19 @@ class ContrastiveBatches:
         rng, everything = np.random.default_rng(0), slice(None)
         return [self._complete(batch, rng, everything) for batch in self._batches.shapes()]
 
+    def _retrieved(self, ranked: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """int32[batch, retrieved] of what stands in rows of the table, best first."""
+        if not self._top_first:
+            return draw(ranked, self._counts[1], rng)
+        return np.concatenate(
+            [ranked[:, :1], draw(ranked[:, 1:], self._counts[1] - 1, rng)], axis=1
+        )
+
     def _complete(self, batch: Arrays, rng: np.random.Generator, rows: slice) -> Arrays:
         """Draws for all rows, as any number of processes does alike, and gives some of them."""
         question, document = batch["question_index"], batch["document_index"]
         prefix = draw(self.negatives.prefix[document], self._counts[0], rng)
-        retrieved = draw(self.negatives.retrieved[question], self._counts[1], rng)
+        retrieved = self._retrieved(self.negatives.retrieved[question], rng)
         negative = np.concatenate([prefix, retrieved], axis=1).astype(np.int32)
         views = self._side.views
         everyone = np.concatenate([document[:, None], negative], axis=1)

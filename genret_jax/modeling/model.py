@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from genret_jax.decoding import BeamResult, constrained_beam_search
 from genret_jax.modeling import losses
@@ -193,9 +193,38 @@ class RetrievalModel:
                 "decoder_input_tokens": self.docids.to_model(inputs),
             },
         )
-        log_p = jax.nn.log_softmax(logits)
-        token = jnp.take_along_axis(log_p, docids[..., None], axis=-1)[..., 0]
-        return jnp.where(docids > 0, token, 0.0).sum(-1)
+        return written_log_p(logits, docids, docids > 0)
+
+    def docid_scores(
+        self,
+        params: Params,
+        encoded: Float[Array, "batch length embed"],
+        encoder_tokens: Int[Array, "batch length"],
+        docids: Int[Array, "batch columns docid_length"],
+        dropout_rng: Array | None = None,
+    ) -> Float[Array, "batch columns"]:
+        """log p of several docids a query, from its encoder output; see `score`.
+
+        Args:
+          encoded: of `states`.
+          encoder_tokens: whose output it is.
+          docids: local ids, 0-padded.
+          dropout_rng: of the decoder; without it, dropout is off.
+        """
+        batch, columns, length = docids.shape
+        flat = docids.reshape(batch * columns, length)
+        inputs = self.docids.to_model(jnp.pad(flat, ((0, 0), (1, 0)))[:, :-1])
+        decoded: Any = self.network.apply(
+            {"params": params},
+            jnp.repeat(encoded, columns, axis=0),
+            jnp.repeat(encoder_tokens, columns, axis=0),
+            inputs,
+            deterministic=dropout_rng is None,
+            rngs={} if dropout_rng is None else {"dropout": dropout_rng},
+            method=T5.decode,
+        )
+        scores = written_log_p(self.docid_logits(params, decoded), flat, flat > 0)
+        return scores.reshape(batch, columns)
 
     def search(
         self,
@@ -234,6 +263,16 @@ class RetrievalModel:
         """`search`, and the queries' semantic vectors; one program encodes a query once."""
         found = self.search(params, encoder_tokens, trie, beam=beam, normaliser=normaliser)
         return found, self.vectors(params, encoder_tokens)
+
+
+def written_log_p(
+    logits: Float[Array, "*rows length vocab"],
+    docids: Int[Array, "*rows length"],
+    written: Bool[Array, "*rows length"],
+) -> Float[Array, "*rows"]:
+    """log p of whole docids, in nats: the sum over the tokens that are written."""
+    log_p = jnp.take_along_axis(jax.nn.log_softmax(logits), docids[..., None], axis=-1)[..., 0]
+    return jnp.where(written, log_p, 0.0).sum(-1)
 
 
 def _mean(states: Array, counts: Array) -> Array:

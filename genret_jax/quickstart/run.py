@@ -5,13 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from genret_jax.comparison import BASELINES, baseline, compare
+from genret_jax.comparison.searchers import compare_searchers
 from genret_jax.errors import UserError
 from genret_jax.fit import fit
+from genret_jax.harness.measuring import baseline
 from genret_jax.quickstart import standard_library_corpus
 from genret_jax.recipe import load_recipe
 
 MINUTES = 2.5
+_BASELINES = ("bm25", "bm25+q")
 QUESTIONS = (
     "how do I merge several sorted lists without loading them all into memory?",
     "count how often each word occurs in a text",
@@ -34,8 +36,8 @@ def run_quickstart(out: Path, *, started: float) -> tuple[dict[str, Any], str]:
         corpus, recipe=load_recipe("quickstart"), out=out, minutes=MINUTES, started=started
     )
     searchers: dict[str, Any] = {"genret": retriever}
-    searchers |= {name: baseline(name, corpus) for name in BASELINES}
-    comparison = compare(searchers, corpus, split="test")
+    searchers |= {name: baseline(name, corpus) for name in _BASELINES}
+    comparison = compare_searchers(searchers, corpus, split="test")
     picture = comparison.write(out)[-1]
     answers = {question: retriever.search(question, k=3) for question in QUESTIONS}
     if not any(answers.values()):

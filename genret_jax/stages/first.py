@@ -26,7 +26,7 @@ def train_docids(materials: Materials, folder: Path, clock: Clock) -> TrainResul
         materials.batches(materials.pools, batch_size=config.batch_size),
         config=config,
         folder=folder,
-        evaluate=_dev_evaluation(materials),
+        evaluate=dev_evaluation(materials),
         clock=clock,
         start=starting(materials),
         measuring=materials.measuring,
@@ -35,7 +35,7 @@ def train_docids(materials: Materials, folder: Path, clock: Clock) -> TrainResul
 
 def take_docids(materials: Materials, params: Params, step: int) -> TrainResult:
     """What `train_docids` makes, of parameters that were trained elsewhere, at `step`."""
-    evaluate = _dev_evaluation(materials)
+    evaluate = dev_evaluation(materials)
     return TrainResult(params, step, evaluate(params) if evaluate else {}, step)
 
 
@@ -62,7 +62,8 @@ def starting(materials: Materials) -> Callable[[Params], Params] | None:
     )
 
 
-def _dev_evaluation(materials: Materials) -> Evaluate | None:
+def dev_evaluation(materials: Materials) -> Evaluate | None:
+    """Dev metrics of generation; None without dev queries."""
     split = materials.split
     if not split.dev_queries:
         return None

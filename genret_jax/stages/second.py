@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from genret_jax.modeling.model import Params, RetrievalModel
 from genret_jax.modeling.ranking_model import RankingModel
 from genret_jax.negatives import (
     Negatives,
+    Search,
     bm25_search,
     known_positives,
     mine,
@@ -61,15 +63,16 @@ class SecondStage:
 
     Attributes:
       result: of its training.
-      vectors: of the documents, with the parameters that were best on dev.
-      fusion: weights fitted on dev.
       report: for retriever.json: negatives, fusion and its curve on dev.
+      vectors: of the documents, with the parameters that were best on dev; None where documents
+        are ranked by generation alone.
+      fusion: weights fitted on dev; None where there are no vectors.
     """
 
     result: TrainResult
-    vectors: DocumentVectors
-    fusion: Fusion
     report: dict[str, Any]
+    vectors: DocumentVectors | None = None
+    fusion: Fusion | None = None
 
 
 def train_ranking(materials: Materials, params: Params, folder: Path, clock: Clock) -> SecondStage:
@@ -105,7 +108,7 @@ def train_ranking(materials: Materials, params: Params, folder: Path, clock: Clo
 
     encoder = DocumentEncoder(materials, side)
     if clock.seconds:
-        clock.reserve += _seconds_after_training(materials, encoder, params)
+        clock.reserve += seconds_after_training(materials, encoder, params)
         if clock.elapsed + clock.reserve > clock.seconds:
             log.warning(
                 "the documents' vectors take %.0f s alone, more than is left; give more minutes "
@@ -154,7 +157,7 @@ def _finished(
             "bytes": vectors.num_bytes,
         },
     }
-    return SecondStage(result, vectors, fusion, report)
+    return SecondStage(result, report, vectors, fusion)
 
 
 def negatives_an_example(config: ContrastiveConfig, some_share: bool) -> tuple[int, int]:
@@ -195,10 +198,25 @@ def ranking_model(
 
 
 class Miner:
-    """Negatives of this corpus by given parameters, kept in a folder."""
+    """Negatives of this corpus by given parameters, kept in a folder.
 
-    def __init__(self, materials: Materials, folder: Path, clock: Clock | None = None):
+    Args:
+      materials: the corpus, made ready.
+      folder: for them.
+      clock: of the whole run.
+      by_model: parameters -> the search of source "model"; the beam's by default.
+    """
+
+    def __init__(
+        self,
+        materials: Materials,
+        folder: Path,
+        clock: Clock | None = None,
+        *,
+        by_model: Callable[[Params], Search] | None = None,
+    ):
         self._materials, self._folder, self._clock = materials, folder, clock or Clock(None)
+        self._by_model = by_model
         self.positives = known_positives(materials.split.all_pairs)
         self.questions = Questions.of(self.positives, materials.documents)
 
@@ -236,7 +254,7 @@ class Miner:
         They are asked in random order, so that those left out are no kind of their own.
         """
         config, questions, clock = self._materials.recipe.contrastive, self.questions, self._clock
-        if not config.retrieval or not config.retrieved_negatives:
+        if not (config.retrieval or config.rank) or not config.retrieved_negatives:
             return np.full((len(questions.texts), 1), -1, np.int32)
         end = clock.elapsed + _MINING_SHARE * ((clock.seconds or 0.0) - clock.elapsed)
         order = rng.permutation(len(questions.texts))
@@ -263,6 +281,8 @@ class Miner:
         config = self._materials.recipe.contrastive
         if config.source == "bm25":
             return bm25_search(self._materials.documents)
+        if self._by_model:
+            return self._by_model(params)
         ranker = self._materials.ranker()
         beam = min(config.mining_beam, len(self._materials.index.trie.rows))
         on_device = jax.device_put(params)
@@ -290,9 +310,15 @@ class DocumentEncoder:
         everything = np.arange(len(self._side.views.tokens))
         return self._some(params, everything, store=self._store, quiet=False)
 
-    def few(self, params: Params, documents: np.ndarray) -> DocumentVectors:
-        """Of some views of some documents, to judge parameters by; others have none."""
-        count = max(1, min(_DEV_VIEWS, _MOST_DEV_VIEWS // (2 * len(np.unique(documents)))))
+    def few(
+        self, params: Params, documents: np.ndarray, *, most: int = _MOST_DEV_VIEWS
+    ) -> DocumentVectors:
+        """Of some views of some documents, to judge parameters by; others have none.
+
+        Args:
+          most: views of all documents together, unless one of a kind of each is more.
+        """
+        count = max(1, min(_DEV_VIEWS, most // (2 * len(np.unique(documents)))))
         rows = self._side.views.at_most(count)
         rows = rows[np.isin(self._side.views.owners[rows], documents)]
         return self._some(params, rows, store="float32", quiet=True)
@@ -382,9 +408,7 @@ def _dev_evaluation(materials: Materials, encoder: DocumentEncoder) -> Any:
     return run
 
 
-def _seconds_after_training(
-    materials: Materials, encoder: DocumentEncoder, params: Params
-) -> float:
+def seconds_after_training(materials: Materials, encoder: DocumentEncoder, params: Params) -> float:
     """What vectors and fusion will take."""
     return 1.2 * encoder.seconds(params) + _SECONDS_A_DEV_QUERY * len(materials.split.dev_queries)
 

@@ -85,6 +85,37 @@ def lexical_start(
     return params
 
 
+def lexical_encoder(
+    params: Params,
+    examples: TrainingExamples,
+    config: T5Config,
+    pieces: int,
+    *,
+    seed: int = 0,
+) -> Params:
+    """Parameters of an encoder alone, by which texts are as near as latent semantic analysis says.
+
+    The mean of the encoder's output over a text is the mean of its pieces' vectors; the dimension
+    that completes embeddings to length one is scaled to 0, for all texts would be alike in it.
+
+    Args:
+      params: fresh ones, on the host, of `token_embedder` and `encoder`.
+      examples: texts and train queries of the documents; never those of dev or test.
+      config: of the network.
+      pieces: text pieces in the vocabulary.
+      seed: of the decomposition.
+
+    Returns:
+      A tree of the same shapes.
+    """
+    vectors, _ = semantic_vectors(examples, pieces, rank=config.embed_dim - 1, seed=seed)
+    params = jax.tree.map(np.array, params)
+    _silence(params)
+    _set_embeddings(params["token_embedder"]["embedding"], vectors)
+    params["encoder"]["encoder_norm"]["scale"][-1] = 0.0
+    return params
+
+
 def semantic_vectors(
     examples: TrainingExamples, pieces: int, *, rank: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -4,25 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from genret_jax.baselines.protocol import Searcher
 from genret_jax.corpus import Corpus, Run
-from genret_jax.errors import UserError
-from genret_jax.evaluation import (
-    DEFAULT_METRICS,
-    markdown_table,
-    per_query,
-    randomisation_test,
-    run_of,
-)
+from genret_jax.evaluation import DEFAULT_METRICS, markdown_table, randomisation_test
 from genret_jax.files import replace_on_success
+from genret_jax.harness.measuring import rank
+from genret_jax.harness.tables import shown_p
 from genret_jax.significance import TESTED_METRICS, PerQuery
-
-BASELINES = ("bm25", "bm25+q")
-_CHUNK = 64  # queries searched together, and so a step of a progress bar
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,49 +72,7 @@ class Comparison:
         return paths
 
 
-def shown_p(p: float) -> str:
-    """A p value in three digits, as tables have it."""
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"
-
-
-class Asked:
-    """A searcher with options of its own set, and a progress bar.
-
-    Args:
-      searcher: its `search` takes the options besides queries and k.
-      **options: such as beam=50 of a retriever.
-    """
-
-    def __init__(self, searcher: Any, **options: Any):
-        self._searcher, self._options = searcher, options
-        self.name: str = searcher.name
-
-    def search(self, queries: Sequence[str], *, k: int) -> list[list[Any]]:
-        from tqdm import tqdm
-
-        hits: list[list[Any]] = []
-        with tqdm(total=len(queries), unit="query", desc=self.name, disable=None) as bar:
-            for start in range(0, len(queries), _CHUNK):
-                chunk = queries[start : start + _CHUNK]
-                hits += self._searcher.search(chunk, k=k, **self._options)
-                bar.update(len(chunk))
-        return hits
-
-
-def baseline(name: str, corpus: Corpus) -> Searcher:
-    """A baseline by the name that `--baseline` takes.
-
-    Raises:
-      UserError: for an unknown name, or "bm25+q" on a corpus without train queries.
-    """
-    from genret_jax.baselines.sparse import bm25_for
-
-    if name not in BASELINES:
-        raise UserError(f"baseline {name!r} is not known; choose one of {', '.join(BASELINES)}")
-    return bm25_for(corpus, with_train_queries=name.endswith("+q"))
-
-
-def compare(
+def compare_searchers(
     searchers: Mapping[str, Searcher], corpus: Corpus, *, split: str, k: int = 100
 ) -> Comparison:
     """Runs every searcher over the judged queries of a split.
@@ -139,27 +89,19 @@ def compare(
     runs: dict[str, Run] = {}
     values: dict[str, PerQuery] = {}
     for name, searcher in searchers.items():
-        _warm_up(searcher, list(queries.values()), k)
-        run, speed = run_of(searcher, queries, k)
-        values[name] = per_query(run, corpus.qrels[split], DEFAULT_METRICS)
+        found = rank(searcher, queries, corpus.qrels[split], k=k)
         methods[name] = {
-            **{metric: float(array.mean()) for metric, array in values[name].items()},
+            **found.metrics,
             "queries": len(queries),
-            "queries_per_second": round(speed, 2),
+            "queries_per_second": round(found.queries_per_second, 2),
         }
-        runs[name] = run
+        runs[name], values[name] = found.run, found.per_query
     first, *others = values
     significance = {
         name: {m: randomisation_test(values[first][m], values[name][m]) for m in TESTED_METRICS}
         for name in others
     }
     return Comparison(split, methods, runs, significance)
-
-
-def _warm_up(searcher: Searcher, queries: Sequence[str], k: int) -> None:
-    searcher.search(queries[:_CHUNK], k=k)  # the sizes of batch that the whole run will have
-    if len(queries) % _CHUNK and len(queries) > _CHUNK:
-        searcher.search(queries[: len(queries) % _CHUNK], k=k)
 
 
 def _draw(comparison: Comparison, path: Path) -> None:

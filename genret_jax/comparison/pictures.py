@@ -1,0 +1,155 @@
+"""A comparison in pictures: quality against its costs, by identifier kind, and by split."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from genret_jax.harness.rows import Row
+
+if TYPE_CHECKING:
+    from genret_jax.comparison.report import Report
+
+METRIC, LABEL = "mrr@10", "MRR@10"
+# Group of rows -> colour; from the palette of Okabe and Ito, which colour-blind readers tell apart.
+_COLOURS = {
+    "lexical": "#7f7f7f",
+    "dense": "#e69f00",
+    "generative": "#0072b2",
+    "hybrid": "#009e73",
+}
+_MARKERS = {"lexical": "s", "dense": "^", "generative": "o", "hybrid": "D"}
+_SPLITS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9")
+
+
+def draw_all(report: Report) -> dict[str, bytes]:
+    """Name -> PNG. Pictures that would show nothing are left out."""
+    made: dict[str, Callable[[Report], Any]] = {}
+    if any(_measured(rows) for rows in report.tables.values()):
+        made["quality-latency"] = lambda r: _scatter(r, "p50_ms", "latency p50, ms")
+        made["quality-training"] = lambda r: _scatter(r, "minutes", "fit, minutes")
+    kinds = {row.entry.docids for rows in report.tables.values() for row in _generative(rows)}
+    if len(kinds) > 1:
+        made["identifiers"] = _identifiers
+    if len(report.tables) > 1 and "quality-latency" in made:
+        made["splits"] = _splits
+    return {name: _png(draw(report)) for name, draw in made.items()}
+
+
+def _scatter(report: Report, cost: str, label: str) -> Any:
+    """A panel a split: each method at its cost and quality, seeds as bars of their range."""
+    from genret_jax.comparison.report import costs
+
+    figure, panels = _panels(len(report.tables))
+    for axes, (split, rows) in zip(panels, report.tables.items(), strict=True):
+        for row in _measured(rows):
+            found = costs(row)
+            if cost not in found:
+                continue
+            x, y, group = max(found[cost], 1e-3), row.mean[METRIC], row.entry.group
+            seeds = [one.metrics[METRIC] for one in row.measured]
+            bars = [[y - min(seeds)], [max(seeds) - y]]
+            axes.errorbar(
+                [x], [y], yerr=bars, color=_COLOURS[group], marker=_MARKERS[group], ms=8, capsize=3
+            )
+            axes.annotate(row.name, (x, y), xytext=(7, 4), textcoords="offset points", fontsize=8.5)
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.set(xlabel=label, ylabel=LABEL, title=f"{split}: {report.queries[split]} queries")
+        axes.set_ylim(bottom=0)
+        axes.margins(x=0.25)  # room for the names
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    _legend(figure, {row.entry.group for rows in report.tables.values() for row in _measured(rows)})
+    return figure
+
+
+def _legend(figure: Any, groups: set[str]) -> None:
+    from matplotlib.lines import Line2D
+
+    handles = [
+        Line2D([], [], color=_COLOURS[g], marker=_MARKERS[g], ls="", ms=8, label=g)
+        for g in _COLOURS
+        if g in groups
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+
+
+def _identifiers(report: Report) -> Any:
+    """Generative methods side by side, in the order of their kinds of identifiers."""
+    figure, panels = _panels(len(report.tables))
+    for axes, (split, rows) in zip(panels, report.tables.items(), strict=True):
+        shown = sorted(_generative(rows), key=lambda row: (row.entry.docids, row.name))
+        labels = [f"{row.entry.docids}\n({row.name})" for row in shown]
+        _bars(axes, [shown], labels, [_COLOURS["generative"]], [""])
+        axes.set(ylabel=LABEL, title=f"{split}: by identifier kind")
+    return figure
+
+
+def _splits(report: Report) -> Any:
+    """Every method on every split, such as seen and unseen documents."""
+    names = [row.name for row in next(iter(report.tables.values()))]
+    figure, (axes,) = _panels(1, width=max(7.0, 1.1 * len(names)))
+    tables = [list(rows) for rows in report.tables.values()]
+    colours = [_SPLITS[i % len(_SPLITS)] for i in range(len(tables))]
+    _bars(axes, tables, names, colours, list(report.tables))
+    axes.set(ylabel=LABEL, title="by split")
+    axes.legend(frameon=False, ncols=len(tables), loc="upper left", bbox_to_anchor=(0, 1.0))
+    return figure
+
+
+def _bars(
+    axes: Any,
+    tables: Sequence[Sequence[Row]],
+    labels: Sequence[str],
+    colours: Sequence[str],
+    names: Sequence[str],
+) -> None:
+    """Groups of bars, one a label, with the seeds as dots."""
+    width = 0.8 / len(tables)
+    for i, (rows, colour, name) in enumerate(zip(tables, colours, names, strict=True)):
+        places = np.arange(len(rows)) + (i - (len(tables) - 1) / 2) * width
+        values = [row.mean[METRIC] if row.measured else 0.0 for row in rows]
+        axes.bar(places, values, width * 0.92, color=colour, label=name or None)
+        for place, row in zip(places, rows, strict=True):
+            seeds = [one.metrics[METRIC] for one in row.measured]
+            text = f"{row.mean[METRIC]:.3f}" if row.measured else "failed"
+            top = (place, max(seeds, default=0.0))  # above the dots
+            axes.annotate(
+                text, top, xytext=(0, 6), textcoords="offset points", ha="center", fontsize=8
+            )
+            if len(seeds) > 1:
+                dots: dict[str, Any] = {"facecolor": "white", "edgecolor": "black", "zorder": 3}
+                axes.scatter(
+                    np.linspace(-0.2, 0.2, len(seeds)) * width + place, seeds, s=14, **dots
+                )
+    many = {"rotation": 20, "ha": "right"} if len(labels) > 5 else {}
+    axes.set_xticks(range(len(labels)), labels, **many)
+    axes.margins(y=0.18)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _measured(rows: Sequence[Row]) -> list[Row]:
+    return [row for row in rows if row.measured]
+
+
+def _generative(rows: Sequence[Row]) -> list[Row]:
+    return [row for row in _measured(rows) if row.entry.group == "generative"]
+
+
+def _panels(count: int, *, width: float = 6.5) -> tuple[Any, Any]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width * count, 4.6), layout="constrained", dpi=120)
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(1, count, squeeze=False)[0]
+
+
+def _png(figure: Any) -> bytes:
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    return file.getvalue()

@@ -1,0 +1,477 @@
+"""`genret compare` from end to end on a tiny collection; what resumes, and what goes wrong."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import html.parser
+import io
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+from tiny import FAST, tiny_corpus
+
+from genret_jax import cli
+from genret_jax.cli import main
+from genret_jax.comparison import run as comparison_run
+from genret_jax.comparison.methods import Method, chosen_methods
+from genret_jax.comparison.report import Report, costs, latency_of, size
+from genret_jax.corpus import read_run, write_corpus
+from genret_jax.errors import UserError
+from genret_jax.evaluation import DEFAULT_METRICS, evaluate
+from genret_jax.harness.measuring import index_bytes
+from genret_jax.harness.rows import Measured, Row
+from genret_jax.hybrid import fit_weights, reciprocal_ranks, weighted
+from genret_jax.recipe import load_recipe
+from genret_jax.searchers import FittedSearcher, fit_method, open_searcher
+from genret_jax.significance import against
+from genret_jax.training.interruption import Interrupted
+
+BINDINGS = [
+    *FAST,
+    "TrainConfig.start = 'random'",
+    "TrainConfig.steps = 4",
+    "TrainConfig.evaluations = 1",
+]
+GIN = [part for binding in BINDINGS for part in ("--gin", binding)]
+METHODS = ["bm25", "tfidf+q", "dsi", "rrf:bm25:dsi", "weighted:bm25:tfidf+q"]
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch):
+    """The command line would leave a log handler for the stderr of one test to the next."""
+    plain = cli._quiet
+    yield
+    monkeypatch.setattr(cli, "_quiet", plain)
+
+
+@pytest.fixture(scope="module")
+def collection(tmp_path_factory):
+    """The test queries twice: as `test`, and the half of them as `seen`."""
+    folder = tmp_path_factory.mktemp("data") / "tiny"
+    corpus = tiny_corpus()
+    corpus.qrels["seen"] = dict(list(corpus.qrels["test"].items())[:4])
+    write_corpus(corpus, folder)
+    return folder
+
+
+def command(collection, out, methods=METHODS, *more):
+    names = ",".join(methods)
+    return ["compare", str(collection), "--out", str(out), "--methods", names, *GIN, *more]
+
+
+@pytest.fixture(scope="module")
+def comparison(collection, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "comparison"
+    assert main(command(collection, out, METHODS, "--splits", "test,seen")) == 0
+    return out
+
+
+def report_of(comparison):
+    return json.loads((comparison / "comparison.json").read_text())
+
+
+# ---- a real one
+
+
+def test_everything_is_there(comparison):
+    pictures = {"quality-latency.png", "quality-training.png", "splits.png"}
+    assert {path.name for path in (comparison / "pictures").iterdir()} == pictures
+    for name in pictures:
+        assert (comparison / "pictures" / name).stat().st_size > 5_000
+    files = {path.name for path in comparison.iterdir() if path.is_file()}
+    assert files == {f"comparison.{end}" for end in ("md", "json", "csv", "html")}
+    runs = {re.sub("-[0-9a-f]{10}$", "", path.name) for path in (comparison / "runs").iterdir()}
+    assert runs == {"bm25", "tfidf+q", "dsi-seed-0"}
+    assert not [p for p in comparison.rglob(".*") if "checkpoints" not in p.parts], "all is renamed"
+
+
+def test_numbers_are_those_of_the_written_rankings(comparison):
+    report = report_of(comparison)
+    assert list(report["splits"]) == ["test", "seen"] and report["queries"] == {
+        "test": 8,
+        "seen": 4,
+    }
+    qrels = {"test": tiny_corpus().qrels["test"]}
+    qrels["seen"] = dict(list(qrels["test"].items())[:4])
+    for split, table in report["splits"].items():
+        assert list(table["rows"]) == METHODS
+        for name, row in table["rows"].items():
+            trained = "" if name in ("bm25", "tfidf+q", METHODS[-1]) else "-seed-0"
+            run = read_run(comparison / "trec" / split / f"{name.replace(':', '-')}{trained}.trec")
+            assert row["mean"] == pytest.approx(evaluate(run, qrels[split])), name
+            assert set(row["mean"]) == set(DEFAULT_METRICS)
+        assert table["best_baseline"] in ("bm25", "tfidf+q")
+        assert table["best_baseline"] not in table["rows"][table["best_baseline"]]["against"]
+        assert set(table["rows"]["dsi"]["against"]) == {table["best_baseline"]}
+
+
+def test_costs_are_measured(comparison):
+    rows = report_of(comparison)["splits"]["test"]["rows"]
+    for name, row in rows.items():
+        found = row["costs"]
+        assert 0 < found["p50_ms"] <= found["p95_ms"] and found["queries_per_second"] > 0, name
+        assert found["index_bytes"] > 0 and found["minutes"] >= 0
+    assert rows["dsi"]["costs"]["minutes"] > rows["bm25"]["costs"]["minutes"]
+    (run,) = (comparison / "runs").glob("bm25-*")
+    counted = [p for p in (run / "retriever" / "bm25").iterdir()]
+    about = (run / "retriever" / "retriever.json").stat().st_size + 0
+    assert (
+        index_bytes(run / "retriever")
+        == sum(p.stat().st_size for p in counted)
+        + about
+        + (run / "retriever" / "documents.order.npy").stat().st_size
+    )
+    both = rows["bm25"]["costs"]["index_bytes"] + rows["dsi"]["costs"]["index_bytes"]
+    assert rows["rrf:bm25:dsi"]["costs"]["index_bytes"] == both
+    assert rows["rrf:bm25:dsi"]["costs"]["p50_ms"] > rows["dsi"]["costs"]["p50_ms"]
+
+
+def test_hybrids_are_made_of_the_written_rankings(comparison):
+    def run(split, name):
+        return read_run(comparison / "trec" / split / f"{name}.trec")
+
+    parts = [run("test", "bm25"), run("test", "dsi-seed-0")]
+    assert run("test", "rrf-bm25-dsi-seed-0") == reciprocal_ranks(parts)
+    dev = [run("dev", "bm25"), run("dev", "tfidf+q")]
+    first = fit_weights(*dev, tiny_corpus().qrels["dev"]).first
+    parts = [run("test", "bm25"), run("test", "tfidf+q")]
+    assert run("test", "weighted-bm25-tfidf+q") == weighted(parts, [first, 1 - first])
+    row = report_of(comparison)["splits"]["test"]["rows"][METHODS[-1]]
+    assert row["figures"]["weight"] == first
+    assert "dev" not in report_of(comparison)["splits"], "dev is for the weights alone"
+
+
+class Page(html.parser.HTMLParser):
+    """Sources and cells of a page."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.sources, self.cells, self.inside = [], [], False
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        attributes = dict(attrs)
+        self.sources += [v for k, v in attributes.items() if k in ("src", "href")]
+        self.inside = tag == "td" or (self.inside and tag == "b")
+        if tag == "td":
+            self.cells.append("")
+
+    def handle_data(self, data):
+        if self.inside:
+            self.cells[-1] += data
+
+    def handle_endtag(self, tag):
+        self.inside = self.inside and tag != "td"
+
+
+def test_the_page_stands_alone_and_says_what_the_markdown_says(comparison):
+    page = Page((comparison / "comparison.html").read_text())
+    assert len(page.sources) == 3
+    for source, name in zip(
+        page.sources, ("quality-latency", "quality-training", "splits"), strict=True
+    ):
+        kind, _, data = source.partition("base64,")
+        assert kind == "data:image/png;"
+        png = (comparison / "pictures" / f"{name}.png").read_bytes()
+        assert base64.b64decode(data) == png
+    markdown = (comparison / "comparison.md").read_text()
+    lines = [line for line in markdown.splitlines() if line.startswith("| ")]
+    cells = [c.strip().strip("*") for line in lines for c in line.strip("|").split("|")]
+    head = len(lines[0].strip("|").split("|"))
+    kept = [
+        c
+        for i in range(0, len(cells), head)
+        for c in cells[i : i + head]
+        if cells[i] not in ("method", "---")
+    ]
+    assert page.cells == kept
+    found = list(csv.DictReader(io.StringIO((comparison / "comparison.csv").read_text())))
+    assert [(line["split"], line["method"]) for line in found] == [
+        (split, name) for split in ("test", "seen") for name in METHODS
+    ]
+
+
+def test_a_second_call_fits_nothing_and_prints_one_object(
+    comparison, collection, capsys, monkeypatch
+):
+    monkeypatch.setattr(comparison_run, "fit_method", None)
+    before = report_of(comparison)
+    more = ["--splits", "test,seen", "--json"]
+    assert main(command(collection, comparison, METHODS, *more)) == 0
+    captured = capsys.readouterr()
+    printed = json.loads(captured.out)
+    assert captured.out.count("\n") == 1 and {k: printed[k] for k in before} == before
+    assert captured.err.count("is there") == 12, "two splits, and dev of two methods"
+    assert "[1/12] bm25, test: is there" in captured.err
+
+
+# ---- a lexical method in a folder of its own
+
+
+def test_lexical_methods_are_fitted_searched_and_evaluated(collection, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main(["fit", str(collection), "--method", "bm25+q", "--out", str(out)]) == 0
+    before = (out / "retriever" / "retriever.json").stat().st_mtime_ns
+    assert main(["fit", str(collection), "--method", "bm25+q", "--out", str(out)]) == 0
+    assert (out / "retriever" / "retriever.json").stat().st_mtime_ns == before
+    capsys.readouterr()
+    assert main(["search", str(out), "bake bread", "-k", "2", "--json"]) == 0
+    hits = json.loads(capsys.readouterr().out)["hits"]
+    assert hits[0]["document"] == "bread" and hits[0]["title"] == "Bakers"
+    assert main(["search", str(out), "bake bread"]) == 0
+    assert "bread  Bakers" in capsys.readouterr().out
+    arguments = ["evaluate", str(out), "--split", "test", "--baseline", "tfidf", "--json"]
+    assert main(arguments) == 0
+    assert list(json.loads(capsys.readouterr().out)["methods"]) == ["bm25+q", "tfidf"]
+    assert main(["info", str(out), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["searcher"] == "genret_jax.baselines.sparse"
+    retriever = open_searcher(out)
+    assert isinstance(retriever, FittedSearcher)
+    for document in tiny_corpus().documents:
+        assert retriever.documents.find(document.id) == document
+    with pytest.raises(KeyError):
+        retriever.documents.find("nobody")
+    for arguments, message in (
+        (["search", str(out), "bread", "--beam", "5"], "--beam is for methods that generate"),
+        (["search", str(out), "bread", "--scoring", "fused"], "--scoring is for methods that"),
+        (["search", str(out), " "], "the query is empty"),
+        (["fit", str(collection), "--method", "bm25", "--out", str(out)], "a run of another"),
+        (["fit", str(collection), "--method", "bm25", "--out", "x", "--stage", "1"], "no stages"),
+    ):
+        assert main(arguments) == 2
+        assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("binding", "message"),
+    [
+        ("SearcherConfig.module = 'no.such.module'", "cannot be imported"),
+        ("SearcherConfig.module = 'json'", "has no function fit"),
+        ("SearcherConfig.settings = {'k2': 1}", "k2"),
+        ("SearcherConfig.settings = {'k1': -1}", "k1 = -1"),
+    ],
+)
+def test_mistakes_in_a_searcher(binding, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        fit_method(
+            tiny_corpus(), recipe=load_recipe("bm25", bindings=[binding]), out=tmp_path / "r"
+        )
+    assert not (tmp_path / "r" / "retriever").exists()
+
+
+# ---- with copies in place of trainings
+
+
+@pytest.fixture
+def pretended(comparison, monkeypatch):
+    """In place of a training, a copy of one; the list of those that were asked for."""
+    asked = []
+    real = comparison_run.fit_method
+
+    def copied(corpus, *, recipe, out, minutes):
+        if recipe.searcher.module:
+            return real(corpus, recipe=recipe, out=out, minutes=minutes)
+        asked.append((out.name.rsplit("-", 1)[0], recipe, minutes))
+        (source,) = (comparison / "runs").glob("dsi-seed-*")
+        shutil.copytree(source / "retriever", out / "retriever")
+
+    monkeypatch.setattr(comparison_run, "fit_method", copied)
+    return asked
+
+
+def test_every_seed_is_trained_once_with_the_same_budget(collection, tmp_path, pretended, capsys):
+    methods = ["dsi", "bm25", "weighted:dsi:dsi-rq"]
+    more = ["--seeds", "0,1", "--minutes", "7", "--splits", "test,seen"]
+    assert main(command(collection, tmp_path / "out", methods, *more)) == 0
+    asked = {name: (recipe, minutes) for name, recipe, minutes in pretended}
+    assert set(asked) == {f"{m}-seed-{s}" for m in ("dsi", "dsi-rq") for s in (0, 1)}
+    assert len(pretended) == 4
+    for name, (recipe, minutes) in asked.items():
+        assert minutes == 7 and str(recipe.train.seed) == name[-1]
+    rows = report_of(tmp_path / "out")["splits"]["test"]["rows"]
+    assert list(rows) == ["dsi", "bm25", "dsi-rq", "weighted:dsi:dsi-rq"], "parts are rows too"
+    assert set(rows["dsi"]["seeds"]) == {"0", "1"} and rows["dsi"]["spread"]
+    assert rows["bm25"]["seeds"] == {} and not rows["bm25"]["spread"]
+    assert set(rows["weighted:dsi:dsi-rq"]["seeds"]) == {"0", "1"}
+    assert (tmp_path / "out" / "pictures" / "identifiers.png").is_file(), "two kinds"
+    assert "4 trainings left, about 28 minutes" in capsys.readouterr().err
+
+
+def test_one_failure_does_not_lose_the_others(collection, tmp_path, pretended, monkeypatch, capsys):
+    copied = comparison_run.fit_method
+
+    def fails(corpus, *, recipe, out, minutes):
+        if recipe.method == "genre":
+            raise RuntimeError("out of\nmemory")
+        copied(corpus, recipe=recipe, out=out, minutes=minutes)
+
+    monkeypatch.setattr(comparison_run, "fit_method", fails)
+    out = tmp_path / "out"
+    methods = ["genre", "rrf:genre:bm25", "dsi"]
+    assert main(command(collection, out, methods)) == 1
+    captured = capsys.readouterr()
+    assert "genret: genre, seed 0 failed: RuntimeError: out of memory" in captured.err
+    table = (out / "comparison.md").read_text()
+    assert captured.out.startswith(table) and "| genre (failed) | –" in table
+    assert "rrf:genre:bm25, seed 0: genre, seed 0 on test failed, and there is nothing" in table
+    rows = report_of(out)["splits"]["test"]["rows"]
+    assert rows["dsi"]["mean"] and rows["bm25"]["mean"] and not rows["genre"]["mean"]
+    assert "<b>genre, seed 0</b>: RuntimeError" in (out / "comparison.html").read_text()
+    # Once it is mended, only what is missing is done.
+    pretended.clear()
+    monkeypatch.setattr(comparison_run, "fit_method", copied)
+    assert main(command(collection, out, methods)) == 0
+    assert [name for name, *_ in pretended] == ["genre-seed-0"]
+    assert "failed" not in (out / "comparison.md").read_text()
+
+
+def test_it_goes_on_after_an_interruption(collection, tmp_path, pretended, monkeypatch, capsys):
+    copied = comparison_run.fit_method
+
+    def stops(corpus, *, recipe, out, minutes):
+        if recipe.method == "genre":
+            raise Interrupted("training stopped at step 3; run the same command to go on", 143)
+        copied(corpus, recipe=recipe, out=out, minutes=minutes)
+
+    monkeypatch.setattr(comparison_run, "fit_method", stops)
+    arguments = command(collection, tmp_path / "out", ["dsi", "genre"])
+    assert main(arguments) == 143
+    assert not (tmp_path / "out" / "comparison.md").exists(), "whole or not at all"
+    assert "run the same command" in capsys.readouterr().err
+    monkeypatch.setattr(comparison_run, "fit_method", copied)
+    assert main(arguments) == 0
+    assert [name for name, *_ in pretended] == ["dsi-seed-0", "genre-seed-0"]
+    pretended.clear()
+    assert main([*arguments, "--splits", "seen"]) == 0
+    assert not pretended, "another split is another search only"
+    assert main([*arguments, "--minutes", "3"]) == 0
+    assert len(pretended) == 2, "other minutes are another training"
+
+
+@pytest.mark.parametrize(
+    ("methods", "more", "message"),
+    [
+        (["dis"], [], "method 'dis' is not known; choose one of bm25, "),
+        (["rrf:bm25"], [], "a fusion is rrf:A:B"),
+        (["rrf:bm25:bm25"], [], "two different methods"),
+        (["max:bm25:dsi"], [], "a fusion is rrf:A:B"),
+        (["rrf:bm25:dis"], [], "method 'dis' is not known"),
+        ([], [], "no methods; choose of"),
+        (["bm25"], ["--seeds", "1,1"], "seeds 1, 1: give different whole numbers"),
+        (["bm25"], ["--minutes", "0"], "minutes must be above 0"),
+        (["bm25"], ["--splits", "tset"], "no split 'tset'"),
+        (["bm25"], ["--splits", ""], "no --splits; there are dev, seen, test, train"),
+        (["bm25"], ["--size", "huge"], "size 'huge' is not known"),
+        (["bm25"], ["--out", "{foreign}"], "is not a comparison of genret_jax"),
+    ],
+)
+def test_mistakes_are_found_before_anything_is_fitted(
+    methods, more, message, collection, tmp_path, pretended, capsys
+):
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "thesis.tex").write_text("mine")
+    more = [part.format(foreign=tmp_path / "foreign") for part in more]
+    assert main(command(collection, tmp_path / "out", methods, *more)) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err.splitlines()[-1] and not captured.out
+    assert not pretended and not (tmp_path / "out").exists()
+
+
+def test_weights_need_dev(tmp_path, capsys):
+    corpus = tiny_corpus()
+    del corpus.qrels["dev"]
+    write_corpus(corpus, tmp_path / "data")
+    assert main(command(tmp_path / "data", tmp_path / "out", ["weighted:bm25:tfidf"])) == 2
+    assert "fits its weights on dev" in capsys.readouterr().err
+
+
+# ---- the report
+
+
+def made() -> Report:
+    """A report of invented numbers over four queries."""
+    values = {
+        ("bm25", "lexical", ""): {None: [0, 0, 0, 1]},
+        ("dense", "dense", ""): {0: [0, 1, 0, 1], 1: [0, 1, 1, 1]},
+        ("dogr", "generative", "rq"): {0: [1, 1, 0, 1], 1: [1, 1, 1, 1]},
+        ("genre", "generative", "title"): {},
+    }
+    rows = []
+    for (name, group, docids), seeds in values.items():
+        measured = tuple(
+            Measured(
+                seed,
+                {metric: np.array(hits, np.float64) for metric in DEFAULT_METRICS},
+                f"runs/{name}",
+                seconds=60.0 * (1 + (seed or 0)),
+                figures={"queries_per_second": 1000.0, "index_bytes": 12_345_678.0},
+                latencies=(1.0, 2.0, 10.0),
+            )
+            for seed, hits in seeds.items()
+        )
+        method = Method(name, f"what {name} <is>", group, docids)
+        rows.append(Row(method, measured, {} if measured else {"0": "too few titles"}))
+    return Report({"test": tuple(rows)}, "invented", 9, {"test": 4}, (0, 1), 5.0)
+
+
+def test_report_by_hand(tmp_path):
+    report = made()
+    assert report.best_baseline("test") == "dense", "the best of what writes no docids"
+    rows = {row.name: row for row in report.tables["test"]}
+    tests = report.tests["test"]["dense"]
+    values = {name: row.per_query for name, row in rows.items() if row.measured}
+    others = {name: one for name, one in values.items() if name != "dense"}
+    assert tests == against(values["dense"], others)
+    assert tests["dogr"]["mrr@10"].difference == pytest.approx(0.875 - 0.625)
+    # The percentiles of 1, 2 and 10 lie between them linearly: 2, and 2 + 0.9 * 8.
+    assert latency_of(rows["dogr"]) == pytest.approx({"p50_ms": 2.0, "p95_ms": 9.2})
+    assert costs(rows["dogr"])["minutes"] == 1.5 and costs(rows["genre"]) == {}
+    head, lines = report.head("test"), report.lines("test")
+    assert head[-2:] == ["p hits@1, dense", "p mrr@10, dense"]
+    assert lines[2][:2] == ["dogr", "**0.875** ± 0.177"]
+    assert lines[2][6:11] == ["12.3 MB", "1.5", "1,000", "2.0", "9.2"]
+    assert lines[3][0] == "genre (failed)" and set(lines[3][1:]) == {"–"}
+    assert {len(line) for line in lines} == {len(head)}
+    assert report.failures == {"genre, seed 0": "too few titles"}
+    report.write(tmp_path)
+    page = (tmp_path / "comparison.html").read_text()
+    assert "what dogr &lt;is&gt;" in page and "<is>" not in page
+    assert json.loads((tmp_path / "comparison.json").read_text()) == report.to_dict()
+    names = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()}
+    assert names == set(report.files)
+    assert "pictures/identifiers.png" not in names, "one kind alone was measured"
+
+
+def test_all_may_fail(tmp_path):
+    rows = tuple(Row(row.entry, (), {"0": "no"}) for row in made().tables["test"])
+    report = Report({"test": rows}, "invented", 9, {"test": 4}, (0,), None)
+    report.write(tmp_path)
+    assert report.best_baseline("test") == "" and not (tmp_path / "pictures").exists()
+    assert (tmp_path / "comparison.md").read_text().count("(failed)") == 4
+
+
+def test_sizes_in_words():
+    assert [size(n) for n in (7, 999, 1000, 12_345, 999_600, 5.5e9, 2e12)] == [
+        "7 B",
+        "999 B",
+        "1 kB",
+        "12.3 kB",
+        "1 MB",
+        "5.5 GB",
+        "2,000 GB",
+    ]
+
+
+def test_groups_of_methods():
+    chosen = chosen_methods(["bm25+q", "dsi-pq", "genre"], load_recipe)
+    found = [(m.name, m.group, m.trained, m.docids) for m in chosen]
+    assert found == [
+        ("bm25+q", "lexical", False, ""),
+        ("dsi-pq", "generative", True, "pq"),
+        ("genre", "generative", True, "title"),
+    ]
+    assert chosen[0].what == "BM25 over the documents and the train queries that they answer"
