@@ -179,13 +179,13 @@ def _check(
     from_t5x: str | Path | None,
     peak_flops: float | None,
 ) -> None:
+    check_minutes(minutes)
     if from_t5x and stage is None:
         raise UserError("--from-t5x takes one stage; give --stage 1 or --stage 2")
     if from_t5x and stage == 2 and recipe.contrastive.rank:
         raise UserError("--from-t5x takes a contrastive stage 2; ContrastiveConfig.rank has none")
     if peak_flops is not None and not 0 < peak_flops < float("inf"):
         raise UserError(f"peak_flops must be a number above 0, such as 197e12, found {peak_flops}")
-    check_minutes(minutes)
     if recipe.searcher.module:
         raise UserError(
             f"method {recipe.method} makes no generative retriever; use `genret fit`, or "
@@ -323,8 +323,8 @@ def claim(out: Path, recipe: Recipe, digest: str) -> None:
                 )
             return
         # A name with a dot is what a killed process had not yet put into its place.
-        there = [p for p in out.iterdir() if p.name[0] != "."] if out.is_dir() else []
-        if not made and any(p != mark for p in there):
+        names = [p for p in out.iterdir() if p != mark and p.name[0] != "."] if out.is_dir() else []
+        if names and not made:
             raise UserError(f"{out}: exists and is not a run of genret_jax; choose another --out")
         with replace_on_success(mark) as temporary:
             temporary.write_text(json.dumps({"run": digest, "recipe": recipe.to_dict()}, indent=1))

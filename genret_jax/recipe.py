@@ -313,8 +313,8 @@ _PARTS = {
     "loss": LossConfig,
     "train": TrainConfig,
     "contrastive": ContrastiveConfig,
-    "searcher": SearcherConfig,
     "generation": GenerationConfig,
+    "searcher": SearcherConfig,
 }
 _CONFIGURABLE = {
     name: gin.external_configurable(part, name=part.__name__) for name, part in _PARTS.items()

@@ -36,6 +36,7 @@ from genret_jax.indexing import FORMAT, documents_digest, read_json
 from genret_jax.recipe import Recipe
 from genret_jax.retriever import Retriever, find_retriever
 from genret_jax.splitting import Split, split_corpus
+from genret_jax.training import processes
 from genret_jax.training.budget import Clock
 
 _RESERVE_SECONDS = 5.0  # for writing the folder
@@ -118,13 +119,14 @@ def fit_method(
     out: str | Path,
     minutes: float | None = None,
     started: float | None = None,
-    **generative: Any,
+    stage: int | None = None,
+    **training: Any,
 ) -> Opened:
     """Fits any method, or goes on where an interrupted run stopped; see `genret_jax.fit.fit`.
 
     Args:
-      corpus, recipe, out, minutes, started: as `fit` takes them.
-      **generative: what else it takes, which is for methods that generate docids alone.
+      corpus, recipe, out, minutes, started, stage: of that.
+      **training: what else it takes; for generative retrievers alone.
 
     Raises:
       UserError: for a mistake in the corpus or the recipe, or a folder of another run.
@@ -134,14 +136,26 @@ def fit_method(
     from genret_jax.training import processes
 
     if not recipe.searcher.module:
-        return fit(corpus, recipe=recipe, out=out, minutes=minutes, started=started, **generative)
-    check_minutes(minutes)
-    if given := [name for name, value in generative.items() if value not in (None, False)]:
-        raise UserError(
-            f"method {recipe.method} generates no docids; leave --{given[0].replace('_', '-')} out"
+        return fit(
+            corpus,
+            recipe=recipe,
+            out=out,
+            minutes=minutes,
+            started=started,
+            stage=stage,
+            **training,
         )
+    check_minutes(minutes)
+    for name in (name for name, value in training.items() if value):
+        option = f"--{name.replace('_', '-')}"
+        raise UserError(f"method {recipe.method} takes no {option}; leave it out")
     if processes.count() > 1:
-        raise UserError(f"method {recipe.method} is fitted by one process; start it once")
+        raise UserError(
+            f"method {recipe.method} is fitted by one process, and {processes.count()} have "
+            "joined; start it once"
+        )
+    if stage is not None:
+        raise UserError(f"method {recipe.method} has no stages; leave --stage out")
     module = _module(recipe.searcher.module)
     out = Path(out)
     clock = Clock(minutes * 60 if minutes else None, started=started, reserve=_RESERVE_SECONDS)

@@ -33,8 +33,7 @@ NETWORK = T5Config(
 MODEL = RetrievalModel(NETWORK, DocidSpace(50, 12), label_smoothing=0.1)
 STAGES = {
     "stage 1": MODEL,
-    # In chunks, which one device and the whole batch are compared with elsewhere.
-    "stage 2": RankingModel(MODEL, JointWeights(1.0, 0.5, 0.7), prefix_negatives=1, chunk=16),
+    "stage 2": RankingModel(MODEL, JointWeights(1.0, 0.5, 0.7), prefix_negatives=1),
 }
 
 

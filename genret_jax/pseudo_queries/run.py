@@ -6,6 +6,7 @@ FILE.generator/  vocabulary, checkpoints and metrics of the generator; sampling 
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -85,25 +86,21 @@ def generate(
         fresh = jax.jit(lambda rng: model.init(rng)[0])(jax.random.key(0))
         clock.reserve = 2 + 1.1 * sampler.seconds(fresh, len(documents))
         if search:
-            clock.reserve += search.seconds([q for q, _ in pairs[:_TRIED]]) * (
-                per_document * len(documents)
-            )
+            a_query = search.seconds([query for query, _ in pairs[:_TRIED]])
+            clock.reserve += a_query * per_document * len(documents)
         _check_budget(clock, per_document)
     result = train_generator(
         model, documents, pairs, vocabulary, recipe=recipe, folder=folder, clock=clock
     )
     queries: Iterable[PseudoQuery] = sampler(result.params, documents)
-    queries = search(queries) if search else queries
-    counted = _Documents(queries)
+    counted = _Documents(search(queries) if search else queries)
     kept = write_pseudo_queries(counted, out)
     if not kept:
         raise UserError(f"{out}: no pseudo-query was left; train longer, or filter less")
     return {
         "documents": len(documents),
         "pairs": len(pairs),
-        "sampled": sampler.counts.sampled,
-        "unfinished": sampler.counts.unfinished,
-        "repeated": sampler.counts.repeated,
+        **dataclasses.asdict(sampler.counts),
         "not_found_again": search.dropped if search else 0,
         "kept": kept,
         "documents_without": len(documents) - len(counted.seen),

@@ -28,10 +28,10 @@ def draw_curves(records: Sequence[dict[str, Any]], path: str | Path, *, title: s
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
     steps = [r["step"] for r in train]
-    # The loss of tokens where there is one, so that runs with other terms compare.
-    tokens = not train or "cross_entropy" in train[0]
-    left.plot(steps, [r["cross_entropy" if tokens else "loss"] for r in train], color="C0")
-    label = "cross-entropy a token (nats)" if tokens else "InfoNCE a query (nats)"
+    # The loss of docids where there is one, so that runs with other terms compare.
+    docids = not train or "cross_entropy" in train[0]
+    left.plot(steps, [r["cross_entropy" if docids else "loss"] for r in train], color="C0")
+    label = "cross-entropy a token (nats)" if docids else "InfoNCE a query (nats)"
     left.set(xlabel="step", ylabel=label, title="training loss")
     if train:
         left.set_ylim(bottom=0)

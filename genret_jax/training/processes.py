@@ -187,7 +187,7 @@ def spread(work: Callable[[list[A]], Iterable[T]], items: Sequence[A]) -> list[T
         return list(work(everything))
     out: list[Any] = [None] * len(everything)
     mine = everything[jax.process_index() :: count()]
-    for process, part in enumerate(everywhere_gathered(lambda: list(work(mine)))):
+    for process, part in enumerate(_gathered(lambda: list(work(mine)))):
         out[process :: count()] = part
     return out
 
@@ -216,12 +216,12 @@ def fill(
         rows = np.concatenate([np.zeros(0, np.int64), *mine])
         return rows, read(rows)
 
-    for process, (rows, there) in enumerate(everywhere_gathered(filled)):
+    for process, (rows, there) in enumerate(_gathered(filled)):
         if process != jax.process_index():
             write(rows, there)
 
 
-def everywhere_gathered(work: Callable[[], T]) -> list[T]:
+def _gathered(work: Callable[[], T]) -> list[T]:
     """The result of every process; an error of one is raised on all."""
     value, error = _outcome(work)
     found = gather((value, None if error is None else _Failure.of(error)))
@@ -306,8 +306,6 @@ def _outcome(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
     try:
         return work(), None
     except Exception as error:
-        if count() == 1:
-            raise
         return None, error
 
 
