@@ -133,7 +133,6 @@ def fit_method(
       Interrupted: after SIGTERM or Ctrl-C, once a checkpoint is written.
     """
     from genret_jax.fit import check_minutes, claim, fit, read_given  # brings SeqIO
-    from genret_jax.training import processes
 
     if not recipe.searcher.module:
         return fit(
