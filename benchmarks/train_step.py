@@ -154,7 +154,9 @@ def _t5x_step(model: Any, batch: dict[str, np.ndarray]) -> Step:
     runner.compile_train(arrays)
 
     def step() -> None:
-        runner.train_state, metrics = runner._compiled_train_step(runner.train_state, arrays)
+        # From the host every time, as both trainers do.
+        here = jax.tree.map(jnp.asarray, batch)
+        runner.train_state, metrics = runner._compiled_train_step(runner.train_state, here)
         jax.block_until_ready((runner.train_state.params, metrics))
 
     return step
