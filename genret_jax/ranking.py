@@ -14,10 +14,11 @@ import jax
 import numpy as np
 from jaxtyping import Float32, Int
 
+from genret_jax.device_trie import DeviceTrie
 from genret_jax.docids.features import unit_length
 from genret_jax.modeling.model import Params, RetrievalModel
 from genret_jax.scoring import Candidates, Fusion
-from genret_jax.trie import DeviceTrie, Trie
+from genret_jax.trie import Trie
 from genret_jax.vocabularies import Vocabulary
 
 # Batches are filled up to one of these, so that a handful of programs serves every call.
