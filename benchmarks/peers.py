@@ -48,7 +48,9 @@ class Peer(Protocol):
 def lookup(problem: Problem) -> np.ndarray:
     """float32[vocab, vocab]: logits after each token."""
     rng = np.random.default_rng(problem.seed + 2)
-    return (rng.normal(size=(problem.vocab, problem.vocab)) * LOOKUP_SCALE).astype(np.float32)
+    table = (rng.normal(size=(problem.vocab, problem.vocab)) * LOOKUP_SCALE).astype(np.float32)
+    table[:, 0] = -np.inf
+    return table
 
 
 class Ours:
@@ -80,14 +82,26 @@ class Ours:
             self._run = lambda number: run(logits, self.trie, np.int32(number))
 
     def _step(self, logits: Any, trie: Any, number: Any) -> Any:
+        import jax
         import jax.numpy as jnp
 
         from genret_jax.decoding import constrained_beam_search
 
         def step(tokens: Any, position: Any, cache: Any) -> Any:
-            return logits.at[:, 0].set(-jnp.inf)[_start(tokens, position, number)], cache
+            return logits[_start(tokens, position, number)], cache
 
-        return constrained_beam_search(step, (), trie, batch=self.problem.batch, beam=self.beam)
+        def tail(inputs: Any, targets: Any, position: Any, cache: Any) -> Any:
+            def log_p(pair: Any) -> Any:
+                row, target = logits[pair[0]], pair[1]
+                chosen = jnp.take_along_axis(row, target[..., None], axis=-1)[..., 0]
+                return chosen - jax.nn.logsumexp(row, axis=-1)
+
+            places = jnp.moveaxis(inputs, 2, 0), jnp.moveaxis(targets, 2, 0)
+            return jnp.moveaxis(jax.lax.map(log_p, places), 0, 2)
+
+        return constrained_beam_search(
+            step, (), trie, batch=self.problem.batch, beam=self.beam, tail_fn=tail
+        )
 
     def run(self, number: int) -> Any:
         import jax
@@ -307,7 +321,6 @@ class Static:
 
     def __init__(self, problem: Problem, beam: int, part: str):
         import jax
-        import jax.numpy as jnp
         from static_decoding.csr_utils import build_static_index
         from static_decoding.decoding_jax import sparse_transition_jax
 
@@ -326,7 +339,7 @@ class Static:
             "bytes": sum(a.nbytes for a in arrays),
             "normaliser": "docid tokens and EOS",
         }
-        logits = jax.device_put(lookup(problem)).at[:, 0].set(-jnp.inf)
+        logits = jax.device_put(lookup(problem))
         batch = problem.batch
 
         @jax.jit

@@ -104,11 +104,30 @@ def search(arguments: argparse.Namespace) -> None:
 
     retriever = Retriever.load(arguments.run_folder)
     hits = retriever.search(
-        arguments.query, k=arguments.k, beam=arguments.beam, scoring=arguments.scoring
+        arguments.query,
+        k=arguments.k,
+        beam=arguments.beam,
+        scoring=arguments.scoring,
+        only=_ids(arguments.only),
+        without=_ids(arguments.without) or (),
     )
     lines = [f"{h.rank:3d}  {h.score:8.3f}  {h.document}  {h.title}  [{h.docid}]" for h in hits]
     value = {"query": arguments.query, "hits": [dataclasses.asdict(h) for h in hits]}
     _print(arguments, value, "\n".join(lines))
+
+
+def _ids(given: Sequence[str] | None) -> list[str] | None:
+    """Document ids of a command line: "d1,d2", or "@FILE" with one a line; None for none given."""
+    if given is None:
+        return None
+    found: list[str] = []
+    for text in given:
+        if text.startswith("@"):
+            lines = Path(text[1:]).read_text(encoding="utf-8").splitlines()
+            found += [line.strip() for line in lines if line.strip()]
+        else:
+            found += _names(text)
+    return found
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
@@ -303,6 +322,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("run_folder", metavar="RUN", help="folder of a fit, or a retriever folder")
     command.add_argument("query")
     command.add_argument("-k", type=int, default=10, help="documents (default 10)")
+    for name, what in (("--only", "search these documents alone"), ("--without", "never these")):
+        command.add_argument(
+            name,
+            action="append",
+            metavar="ID,ID|@FILE",
+            help=f"{what}: ids, or a file with one a line; may be repeated",
+        )
     _add_ranking_options(command)
 
     command = verb(

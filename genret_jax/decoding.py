@@ -148,7 +148,7 @@ def constrained_beam_search(
         raise ValueError(f"beam must be at least 1, found {beam}")
     if normaliser not in NORMALISERS:
         raise ValueError(f"normaliser must be one of {NORMALISERS}, found {normaliser!r}")
-    tail = trie.tail if tail_fn else 0
+    tail = trie.tail(batch * beam) if tail_fn else 0
     if normaliser == "children":
         tail = trie.max_length  # a tail costs nothing there
 
@@ -310,7 +310,9 @@ def _children(
     counts = jnp.where(front.size > 1, counts, 0)
     ends = jnp.cumsum(counts, axis=1)
     slot = jnp.arange(slots)
-    parent = jax.vmap(lambda e: jnp.searchsorted(e, slot, side="right"))(ends)
+    parent = jax.vmap(lambda e: jnp.searchsorted(e, slot, side="right", method="scan_unrolled"))(
+        ends
+    )
     exists = slot < ends[:, -1:]
     parent = jnp.where(exists, parent, 0)
 

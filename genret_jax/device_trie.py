@@ -31,7 +31,8 @@ class DeviceTrie:
       allowed: int32[rows + 1], number of allowed rows before each row; None: all are allowed.
       widths: for the root, level 1 and all deeper levels; entry i bounds the number of children
         that any 2^i states of one level have together. States with one row have none.
-      tail: so many tokens at most may be scored in one pass when no hypothesis has a choice left.
+      choices: entry l: about one in 2^choices[l] states of level l has more than one row; which
+        only says where one pass over the rest of all identifiers pays.
     """
 
     first_edge: Int[Array, " states"]
@@ -42,7 +43,7 @@ class DeviceTrie:
     dense: tuple[Bool[Array, "states vocab"], ...]
     allowed: Int[Array, " rows"] | None
     widths: Widths = struct.field(pytree_node=False)
-    tail: int = struct.field(pytree_node=False)
+    choices: tuple[int, ...] = struct.field(pytree_node=False)
 
     @property
     def max_length(self) -> int:
@@ -57,6 +58,18 @@ class DeviceTrie:
         """How many children `beam` different states of a level can have together, at most."""
         widths = self.widths[min(level, 2)]
         return widths[min((beam - 1).bit_length(), len(widths) - 1)]
+
+    def tail(self, hypotheses: int) -> int:
+        """Tokens to score in one pass, after the level where hardly one of so many has a choice.
+
+        The pass is as long whenever it begins, so one that is too long does work twice; 0: no pass.
+        """
+        level = next(
+            (n for n, rare in enumerate(self.choices) if n and 1 << rare >= 4 * hypotheses),
+            len(self.choices),
+        )
+        tail = self.max_length - level
+        return tail if tail > 1 else 0  # one token is one step
 
 
 def bucket(size: int) -> int:

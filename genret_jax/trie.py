@@ -43,8 +43,7 @@ _FORMAT = 2
 # logit costs about an eighth of a gathered one.
 _DENSE_SHARE = 8
 _DENSE_BYTES = 1 << 26
-# One pass over the rest of all identifiers begins where so few states have a choice left.
-_TAIL_SHARE = 0.02
+_RARE = 30  # an exponent that stands for any rarer thing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,12 +137,12 @@ class Trie:
             return jnp.asarray(out)
 
         states, capacity = bucket(self.num_states), bucket(len(self.rows))
-        widths, tail = self._widths(), self._tail()
+        widths, choices = self._widths(), self._choices()
         dense = self._dense_sizes()
         if like is not None:
             states = max(states, len(like.edge_token))
             capacity = max(capacity, len(like.rows))
-            tail = like.tail if like.tail < self.max_length else tail
+            choices = like.choices
             pairs = list(zip(like.widths, widths, strict=True))
             if all(_bounds(old, new) for old, new in pairs):
                 widths = like.widths
@@ -158,7 +157,7 @@ class Trie:
             dense=self._dense(None, dense),
             allowed=None,
             widths=widths,
-            tail=tail,
+            choices=choices,
         )
         return device if rows is None else self.restricted(device, rows)
 
@@ -225,16 +224,14 @@ class Trie:
         width = bucket(int(root[0])) if len(root) else 4
         return (width,), _widths(deeper[:1]), _widths(deeper[1:])
 
-    def _tail(self) -> int:
-        """See `DeviceTrie.tail`."""
-        sizes, level = np.diff(self.level_start), 0
-        for level, counts in enumerate(self.children_by_level):
-            if level and len(counts) <= _TAIL_SHARE * sizes[level]:
-                break
-        else:
-            level = len(sizes)
-        tail = self.max_length - level
-        return tail if tail > 1 else 0  # one token is one step
+    def _choices(self) -> tuple[int, ...]:
+        """See `DeviceTrie.choices`."""
+        sizes = np.diff(self.level_start).tolist()
+        pairs = zip(self.children_by_level, sizes, strict=True)
+        return tuple(
+            min(_RARE, (size // len(counts)).bit_length() - 1) if len(counts) else _RARE
+            for counts, size in pairs
+        )
 
     def save(self, folder: str | Path) -> None:
         """Writes one .npy an array; whole or not at all."""
@@ -255,19 +252,27 @@ class Trie:
         folder = Path(folder)
         names = [*(f"{n}.npy" for n in _ARRAYS), "trie.json"]
         missing = [n.removesuffix(".npy") for n in names if not (folder / n).is_file()]
-        about = {} if "trie.json" in missing else json.loads((folder / "trie.json").read_text())
-        if about.get("format", _FORMAT) != _FORMAT:
-            raise UserError(
-                f"{folder}: a trie of format {about['format']}, but this version reads format "
-                f"{_FORMAT}; make it again with `genret index` or `genret fit`"
-            )
         if missing:
             raise UserError(
                 f"{folder}: no whole trie here ({', '.join(missing)} missing); make it again with "
                 "`genret index` or `genret fit`"
             )
+        about = json.loads((folder / "trie.json").read_text())
+        if about["format"] != _FORMAT:
+            raise UserError(
+                f"{folder}: a trie of format {about['format']}, but this version reads format "
+                f"{_FORMAT}; make it again with `genret index` or `genret fit`"
+            )
         arrays = (np.load(folder / f"{n}.npy", mmap_mode="r", allow_pickle=False) for n in _ARRAYS)
         return cls(**dict(zip(_ARRAYS, arrays, strict=True)), vocab_size=int(about["vocab_size"]))
+
+    @staticmethod
+    def is_older(folder: str | Path) -> bool:
+        """Whether an earlier version of the package wrote the trie in this folder."""
+        try:
+            return int(json.loads((Path(folder) / "trie.json").read_text())["format"]) < _FORMAT
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
 
 
 def _widths(cumulated: list[np.ndarray]) -> tuple[int, ...]:

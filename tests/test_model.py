@@ -183,7 +183,7 @@ def test_a_tail_in_one_pass_scores_what_score_scores(beam):
     labels = ["<pad>", "</s>", *(f"t{i}" for i in range(2, DOCIDS))]
     trie = build_trie(DocidTable.from_sequences(ids, range(len(ids)), labels, "test", {}))
     device = trie.on_device()
-    assert device.tail == trie.max_length - 2 > 2
+    assert device.tail(BATCH * beam) == trie.max_length - 2 > 2
     result = search(params_of(UNTIED), queries(), device, model=UNTIED, beam=beam)
     assert result.valid.all()
     for place in range(beam):

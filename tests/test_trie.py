@@ -273,14 +273,15 @@ def test_candidates_are_not_far_above_the_need():
     assert device.candidates(1000, 2) == 4
 
 
-def test_the_tail_begins_where_hardly_a_state_has_a_choice():
-    rng = np.random.default_rng(0)
-    chosen = rng.permutation(38 * 38)[:100]
-    ids = [[2 + c // 38, 2 + c % 38, 7, 8, 9, 10] for c in chosen]
-    assert build_trie(table_of(ids)).on_device().tail == 4
-    ids += [[2 + c // 38, 2 + c % 38, 8, 8, 9, 10] for c in chosen[:50]]
-    assert build_trie(table_of(ids)).on_device().tail == 3
-    assert build_trie(table_of([[2, 3, 4]])).on_device().tail == 2
+def test_the_tail_begins_where_hardly_a_hypothesis_has_a_choice():
+    ids = [[a, b, 7, 8, 9, 10] for a in range(2, 10) for b in range(2, 14)]
+    assert build_trie(table_of(ids)).on_device().tail(1000) == 4
+    ids += [[a, 2, 8, 8, 9, 10] for a in (2, 3, 4)]
+    device = build_trie(table_of(ids)).on_device()  # one state of level 2 in 32 has a choice
+    assert device.choices[2] == 5
+    assert [device.tail(n) for n in (1, 8, 9, 1000)] == [4, 4, 3, 3]
+    assert build_trie(table_of([[2, 3, 4]])).on_device().tail(1) == 2
+    assert build_trie(table_of([[2, 3], [2, 4]])).on_device().tail(1) == 0
 
 
 def test_levels_where_most_tokens_are_allowed_are_dense():
@@ -338,7 +339,7 @@ def test_the_filter_counts_allowed_rows_of_any_range(sequences, seed):
     for begin, end in itertools.combinations(range(len(rows) + 1), 2):
         assert below[end] - below[begin] == rows[begin:end].sum()
     assert below[-1] == rows.sum()
-    assert device.widths == plain.widths and device.tail == plain.tail
+    assert device.widths == plain.widths and device.choices == plain.choices
     with pytest.raises(ValueError, match="rows must be bool"):
         trie.restricted(plain, rows[:-1])
 
