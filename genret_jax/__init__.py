@@ -17,18 +17,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from genret_jax.corpus import Corpus, Document, read_corpus
     from genret_jax.decoding import BeamResult, constrained_beam_search
+    from genret_jax.device_trie import DeviceTrie
     from genret_jax.docids.build import build_docids
     from genret_jax.docids.table import DocidTable
     from genret_jax.errors import UserError
     from genret_jax.retriever import RetrievedDocument, Retriever
-    from genret_jax.trie import DeviceTrie, Trie, build_trie
+    from genret_jax.trie import Trie, build_trie
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "BeamResult": "decoding",
     "Corpus": "corpus",
-    "DeviceTrie": "trie",
+    "DeviceTrie": "device_trie",
     "DocidTable": "docids.table",
     "Document": "corpus",
     "RetrievedDocument": "retriever",

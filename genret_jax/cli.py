@@ -142,6 +142,12 @@ def search(arguments: argparse.Namespace) -> None:
 
     retriever = open_searcher(arguments.run_folder)
     options = _ranking_options(retriever, arguments)
+    if arguments.only or arguments.without:
+        if isinstance(retriever, FittedSearcher):
+            raise UserError(
+                f"method {retriever.name} takes no --only and --without; leave them out"
+            )
+        options |= {"only": _ids(arguments.only), "without": _ids(arguments.without) or ()}
     found = retriever.search(arguments.query, k=arguments.k, **options)
     hits = [dataclasses.asdict(hit) for hit in found]
     if isinstance(retriever, FittedSearcher):
@@ -153,6 +159,20 @@ def search(arguments: argparse.Namespace) -> None:
     ]
     value = {"query": arguments.query, "hits": hits}
     _print(arguments, value, "\n".join(lines))
+
+
+def _ids(given: Sequence[str] | None) -> list[str] | None:
+    """Document ids of a command line: "d1,d2", or "@FILE" with one a line; None for none given."""
+    if given is None:
+        return None
+    found: list[str] = []
+    for text in given:
+        if text.startswith("@"):
+            lines = Path(text[1:]).read_text(encoding="utf-8").splitlines()
+            found += [line.strip() for line in lines if line.strip()]
+        else:
+            found += _names(text)
+    return found
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
@@ -425,6 +445,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("run_folder", metavar="RUN", help="folder of a fit, or a retriever folder")
     command.add_argument("query")
     command.add_argument("-k", type=int, default=10, help="documents (default 10)")
+    for name, what in (("--only", "search these documents alone"), ("--without", "never these")):
+        command.add_argument(
+            name,
+            action="append",
+            metavar="ID,ID|@FILE",
+            help=f"{what}: ids, or a file with one a line; may be repeated",
+        )
     _add_ranking_options(command)
 
     command = verb(

@@ -6,15 +6,20 @@ log p over the whole docid vocabulary, so that a score is the model's probabilit
 identifier and not of a choice among those allowed.
 
 The first step runs one hypothesis a query, since there is one root; the others run in a
-`while_loop` that ends when no hypothesis can grow. At each step the children of all hypotheses of
-a query stand side by side in one array of a static size (`DeviceTrie.candidates`), each finding
-its parent by the prefix sums of the child counts: a node with thousands of children costs its
-own children, not thousands for every hypothesis.
+`while_loop` that ends when no hypothesis has a choice left. What then remains of the identifiers is
+known, and is scored in one pass over all its tokens (`TailFn`), not token by token. As no
+hypothesis can push out another there, the result is that of the search to the end.
+
+How a step reads the children of the hypotheses depends on the level: where most tokens are allowed,
+logits are masked; elsewhere the children of all hypotheses of a query stand side by side in one
+array of a static size (`DeviceTrie.candidates`), each finding its parent by the prefix sums of the
+child counts: a node with thousands of children costs its own children, not thousands for every
+hypothesis.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 from typing import Any, Protocol
 
 import jax
@@ -22,7 +27,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from genret_jax.trie import DeviceTrie
+from genret_jax.device_trie import DeviceTrie
 
 NORMALISERS = ("vocabulary", "children")
 
@@ -45,6 +50,29 @@ class StepFn(Protocol):
     ) -> tuple[Float[Array, "batch beam vocab"], Any]: ...
 
 
+class TailFn(Protocol):
+    """Several decoding steps at once, the tokens of which are known.
+
+    Args:
+      inputs: int32[batch, beam, tail], the token written last and those after it.
+      targets: int32[batch, beam, tail], the token that follows each; 0 where the identifier has
+        ended, and there the result is not read.
+      position: int32 scalar, of the first of the steps.
+      cache: as the last step returned it, each hypothesis with its own.
+
+    Returns:
+      float[batch, beam, tail]: log p of the targets over the docid vocabulary.
+    """
+
+    def __call__(
+        self,
+        inputs: Int[Array, "batch beam tail"],
+        targets: Int[Array, "batch beam tail"],
+        position: Int[Array, ""],
+        cache: Any,
+    ) -> Float[Array, "batch beam tail"]: ...
+
+
 @struct.dataclass
 class BeamResult:
     """The best identifiers of each query, best first.
@@ -63,10 +91,26 @@ class BeamResult:
 
 
 @struct.dataclass
+class _Front:
+    """The hypotheses of every query: int32[batch, beam], but for the scores.
+
+    A hypothesis is a state of the trie: the rows `begin` .. `end - 1`. One without rows is dead.
+    """
+
+    last: Array  # the token written last
+    scores: Array  # float32
+    state: Array  # number of the state; read only where it has several rows
+    begin: Array
+    end: Array
+
+    @property
+    def size(self) -> Array:
+        return jnp.where(jnp.isfinite(self.scores), self.end - self.begin, 0)
+
+
+@struct.dataclass
 class _Beams:
-    tokens: Array  # int32[batch, beam, length]
-    scores: Array  # float32[batch, beam]
-    state: Array  # int32[batch, beam], state of the trie
+    front: _Front
     position: Array  # int32 scalar, tokens written so far
     cache: Any
 
@@ -79,6 +123,7 @@ def constrained_beam_search(
     batch: int,
     beam: int,
     normaliser: str = "vocabulary",
+    tail_fn: TailFn | None = None,
 ) -> BeamResult:
     """The `beam` most probable identifiers of each query that a beam search finds.
 
@@ -88,11 +133,13 @@ def constrained_beam_search(
     Args:
       step_fn: see StepFn.
       cache: for `beam` = 1: every leaf begins with [batch, 1].
-      trie: the identifiers that exist.
+      trie: the identifiers that exist, or those of them that a filter allows.
       batch: number of queries.
       beam: hypotheses kept a query; may exceed the number of identifiers.
       normaliser: "vocabulary": scores are log p over the docid vocabulary; "children": each step
-        is renormalised over the tokens that the trie allows there, as T5X's search does.
+        is renormalised over the tokens that the trie allows there, as T5X's search does, so that
+        the rest of an identifier is certain when it is the only one.
+      tail_fn: scores in one pass what step_fn would in several; without it, all is done by steps.
 
     Returns:
       BeamResult with `beam` entries a query; those beyond the identifiers found are not valid.
@@ -101,94 +148,191 @@ def constrained_beam_search(
         raise ValueError(f"beam must be at least 1, found {beam}")
     if normaliser not in NORMALISERS:
         raise ValueError(f"normaliser must be one of {NORMALISERS}, found {normaliser!r}")
+    tail = trie.tail(batch * beam) if tail_fn else 0
+    if normaliser == "children":
+        tail = trie.max_length  # a tail costs nothing there
 
-    def grow(beams: _Beams, slots: int) -> _Beams:
-        last = jnp.where(
-            beams.position > 0, beams.tokens[:, :, jnp.maximum(beams.position - 1, 0)], 0
+    def grow(beams: _Beams, levels: tuple[int, ...]) -> _Beams:
+        logits, cache = step_fn(beams.front.last, beams.position, beams.cache)
+        ways = [
+            functools.partial(_advance, trie=trie, beam=beam, level=level, normaliser=normaliser)
+            for level in levels
+        ]
+        which = jnp.minimum(beams.position - levels[0], len(levels) - 1)
+        front, parent = jax.lax.switch(
+            which, ways, beams.front, logits.astype(jnp.float32), beams.position
         )
-        logits, cache = step_fn(last, beams.position, beams.cache)
-        return _extend(
-            dataclasses.replace(beams, cache=cache), logits, trie, beam, slots, normaliser
-        )
+        return _Beams(front, beams.position + 1, _of_parents(cache, parent))
 
-    beams = grow(_root(cache, batch, trie.max_length), trie.root_width)
-    slots = trie.candidates(beam)
+    beams = _Beams(_root(batch, trie), jnp.zeros((), jnp.int32), cache)
+    beams = grow(beams, (0,))
     beams = jax.lax.while_loop(
-        lambda b: (b.position < trie.max_length) & (_children(b, trie) > 0).any(),
-        lambda b: grow(b, slots),
+        lambda b: (b.front.size > 1).any() | (_remaining(b, trie) > tail),
+        lambda b: grow(b, (1, 2)),
         beams,
     )
-    row = jnp.where(jnp.isfinite(beams.scores), trie.leaf_row[beams.state], -1)
-    valid = row >= 0
+    scores = beams.front.scores
+    if tail_fn and tail and normaliser == "vocabulary":
+        scores = _with_tails(beams, trie, tail_fn, tail)
+    scores, order = jax.lax.top_k(scores, beam)
+    valid = jnp.isfinite(scores)
+    row = jnp.take_along_axis(beams.front.begin, order, axis=1)
     return BeamResult(
-        tokens=jnp.where(valid[..., None], beams.tokens, 0),
-        scores=jnp.where(valid, beams.scores, -jnp.inf),
-        row=row,
+        tokens=jnp.where(valid[..., None], trie.rows[row].astype(jnp.int32), 0),
+        scores=scores,
+        row=jnp.where(valid, row, -1),
         valid=valid,
     )
 
 
-def _root(cache: Any, batch: int, max_length: int) -> _Beams:
-    return _Beams(
-        tokens=jnp.zeros((batch, 1, max_length), jnp.int32),
-        scores=jnp.zeros((batch, 1), jnp.float32),
-        state=jnp.zeros((batch, 1), jnp.int32),
-        position=jnp.zeros((), jnp.int32),
-        cache=cache,
-    )
+def _root(batch: int, trie: DeviceTrie) -> _Front:
+    zero = jnp.zeros((batch, 1), jnp.int32)
+    scores = jnp.zeros((batch, 1), jnp.float32)
+    if trie.allowed is not None:
+        scores = jnp.where(trie.allowed[-1] > 0, scores, -jnp.inf)
+    return _Front(last=zero, scores=scores, state=zero, begin=zero, end=zero + trie.num_rows)
 
 
-def _children(beams: _Beams, trie: DeviceTrie) -> Array:
-    """int32[batch, beam]: children of each hypothesis; 0 for dead ones."""
-    counts = trie.first_edge[beams.state + 1] - trie.first_edge[beams.state]
-    return jnp.where(jnp.isfinite(beams.scores), counts, 0)
+def _of_parents(x: Any, parent: Array) -> Any:
+    """What each new hypothesis has from the one that it grew from: [batch, beam, ...] leaves."""
+    return jax.tree.map(lambda leaf: jax.vmap(lambda rows, i: rows[i])(leaf, parent), x)
 
 
-def _extend(
-    beams: _Beams, logits: Array, trie: DeviceTrie, beam: int, slots: int, normaliser: str
-) -> _Beams:
-    """Replaces the hypotheses by the best `beam` among their children and the finished ones."""
-    counts = _children(beams, trie)
+def _remaining(beams: _Beams, trie: DeviceTrie) -> Array:
+    """int32 scalar: tokens that hypotheses of one row have yet to write, at most."""
+    lengths = (trie.rows[beams.front.begin] > 0).sum(-1)
+    return jnp.where(beams.front.size == 1, lengths - beams.position, 0).max()
+
+
+def _with_tails(beams: _Beams, trie: DeviceTrie, tail_fn: TailFn, tail: int) -> Array:
+    """float32[batch, beam]: scores of whole identifiers, where every hypothesis has one row."""
+    front = beams.front
+    places = beams.position + jnp.arange(tail)
+    targets = trie.rows[front.begin][..., jnp.minimum(places, trie.max_length - 1)]
+    targets = jnp.where(places < trie.max_length, targets.astype(jnp.int32), 0)
+    inputs = jnp.concatenate([front.last[..., None], targets[..., :-1]], axis=-1)
+
+    def score() -> Array:
+        log_p = tail_fn(inputs, targets, beams.position, beams.cache)
+        return front.scores + jnp.where(targets > 0, log_p, 0.0).sum(-1)
+
+    some = _remaining(beams, trie) > 0
+    return jax.lax.cond(some, score, lambda: front.scores)
+
+
+def _advance(
+    front: _Front,
+    logits: Array,
+    position: Array,
+    trie: DeviceTrie,
+    beam: int,
+    level: int,
+    normaliser: str,
+) -> tuple[_Front, Array]:
+    """The best `beam` among what the hypotheses may become, and the parent of each.
+
+    A hypothesis with several rows becomes its children. One with one row follows that row, or has
+    written it and stays as it is.
+
+    Args:
+      front: hypotheses at `level` of the trie; 2 stands for all levels from 2 on.
+      logits: float32[batch, beam, vocab].
+      position: tokens written, `level` or more.
+    """
+    token = trie.rows[front.begin, jnp.minimum(position, trie.max_length - 1)].astype(jnp.int32)
+    token = jnp.where(position < trie.max_length, token, 0)
+    normal = jax.nn.logsumexp(logits, axis=-1) if normaliser == "vocabulary" else None
+    alone = front.scores
+    if normal is not None:
+        logit = jnp.take_along_axis(logits, token[..., None], axis=-1)[..., 0]
+        alone = jnp.where(token > 0, front.scores + logit - normal, front.scores)
+    alone = jnp.where(front.size == 1, alone, -jnp.inf)
+
+    if normal is not None and level < len(trie.dense):
+        scores, parent, edge, written = _dense_children(front, logits, normal, trie, beam, level)
+    else:
+        slots = trie.candidates(front.scores.shape[1], level)
+        scores, parent, edge, written = _children(front, logits, normal, trie, beam, slots)
+
+    here = jnp.broadcast_to(jnp.arange(alone.shape[1]), alone.shape)
+    scores, chosen = _top_k(jnp.concatenate([alone, scores], axis=1), beam)
+
+    def choose(stays: Array, grows: Array) -> Array:
+        return jnp.take_along_axis(jnp.concatenate([stays, grows], axis=1), chosen, axis=1)
+
+    parent = choose(here, parent)
+    grows = chosen >= alone.shape[1]
+    child = choose(front.state, edge + 1)
+    old = _of_parents(front, parent)
+    # The last child of a state ends where that state ends.
+    end = jnp.where(child == trie.first_edge[old.state + 1], old.end, trie.row_begin[child + 1])
+    dead = jnp.isneginf(scores)
+    return _Front(
+        last=choose(token, written),
+        scores=scores,
+        state=jnp.where(dead, 0, child),
+        begin=jnp.where(dead, 0, jnp.where(grows, trie.row_begin[child], old.begin)),
+        end=jnp.where(dead, 0, jnp.where(grows, end, old.end)),
+    ), parent
+
+
+_Best = tuple[Array, Array, Array, Array]  # [batch, beam] each: scores, parent, edge, token
+
+
+def _dense_children(
+    front: _Front, logits: Array, normal: Array, trie: DeviceTrie, beam: int, level: int
+) -> _Best:
+    """The best children of hypotheses at a level where most tokens are allowed."""
+    vocab = logits.shape[-1]
+    mask = trie.dense[level][jnp.clip(front.state - level, 0, len(trie.dense[level]) - 1)]
+    before = jnp.where(front.size > 1, front.scores - normal, -jnp.inf)
+    scores = jnp.where(mask, logits + before[..., None], -jnp.inf)
+    scores, chosen = _top_k(scores.reshape(scores.shape[0], -1), beam)
+    parent, token = chosen // vocab, chosen % vocab
+    state = jnp.take_along_axis(front.state, parent, axis=1)
+    low, high = trie.first_edge[state], trie.first_edge[state + 1]
+    for _ in range(vocab.bit_length()):  # edges of a state stand in the order of their tokens
+        middle = (low + high) // 2
+        right = trie.edge_token[middle] <= token
+        low, high = jnp.where(right, middle, low), jnp.where(right, high, middle)
+    return scores, parent, low, token
+
+
+def _children(
+    front: _Front, logits: Array, normal: Array | None, trie: DeviceTrie, beam: int, slots: int
+) -> _Best:
+    """The best children, which stand side by side in an array of `slots`.
+
+    Args:
+      normal: log of the sum over the vocabulary; None: over the allowed tokens.
+    """
+    counts = trie.first_edge[front.state + 1] - trie.first_edge[front.state]
+    counts = jnp.where(front.size > 1, counts, 0)
     ends = jnp.cumsum(counts, axis=1)
     slot = jnp.arange(slots)
-    parent = jax.vmap(lambda e: jnp.searchsorted(e, slot, side="right"))(ends)
+    parent = jax.vmap(lambda e: jnp.searchsorted(e, slot, side="right", method="scan_unrolled"))(
+        ends
+    )
     exists = slot < ends[:, -1:]
     parent = jnp.where(exists, parent, 0)
 
     def of_parent(x: Array) -> Array:
         return jnp.take_along_axis(x, parent, axis=1)
 
-    edge = of_parent(trie.first_edge[beams.state] + counts - ends) + slot
+    edge = of_parent(trie.first_edge[front.state] + counts - ends) + slot
     edge = jnp.where(exists, edge, 0)
-    token = trie.edge_token[edge]
-    logits = logits.astype(jnp.float32)
+    if trie.allowed is not None:
+        last = edge + 1 == of_parent(trie.first_edge[front.state + 1])
+        end = jnp.where(last, of_parent(front.end), trie.row_begin[edge + 2])
+        exists &= trie.allowed[end] > trie.allowed[trie.row_begin[edge + 1]]
+    token = trie.edge_token[edge].astype(jnp.int32)
     logit = jax.vmap(lambda x, p, t: x[p, t])(logits, parent, token)
-    if normaliser == "vocabulary":
-        normal = jax.nn.logsumexp(logits, axis=-1)
-    else:
+    if normal is None:
         normal = _logsumexp_of_children(logit, parent, exists, counts.shape[1])
-    grown = jnp.where(exists, of_parent(beams.scores) + logit - of_parent(normal), -jnp.inf)
-
-    # A finished hypothesis has no children and stands for itself among the candidates.
-    stays = jnp.where(trie.leaf_row[beams.state] >= 0, beams.scores, -jnp.inf)
-    here = jnp.broadcast_to(jnp.arange(counts.shape[1]), counts.shape)
-    scores, chosen = _top_k(jnp.concatenate([stays, grown], axis=1), beam)
-
-    def choose(stay: Array, grow: Array) -> Array:
-        return jnp.take_along_axis(jnp.concatenate([stay, grow], axis=1), chosen, axis=1)
-
-    parent = choose(here, parent)
-    tokens = jnp.take_along_axis(beams.tokens, parent[..., None], axis=1)
-    written = choose(jnp.zeros_like(here), token)
-    return _Beams(
-        tokens=tokens.at[:, :, beams.position].set(written),
-        scores=scores,
-        state=choose(beams.state, edge + 1),
-        position=beams.position + 1,
-        cache=jax.tree.map(
-            lambda x: jax.vmap(lambda rows, index: rows[index])(x, parent), beams.cache
-        ),
-    )
+    grown = jnp.where(exists, logit + of_parent(front.scores - normal), -jnp.inf)
+    scores, chosen = _top_k(grown, beam)
+    parent, edge, token = (jnp.take_along_axis(x, chosen, axis=1) for x in (parent, edge, token))
+    return scores, parent, edge, token
 
 
 def _top_k(scores: Array, k: int) -> tuple[Array, Array]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import functools
 import json
 import mmap
@@ -43,26 +42,42 @@ class DocumentStore:
     def __len__(self) -> int:
         return len(self._offsets) - 1
 
+    def positions(self, ids: Iterable[str]) -> np.ndarray:
+        """int64[n]: positions of documents by id, found by halving in the order of all ids.
+
+        Raises:
+          UserError: for an id that no document has.
+        """
+        return np.array([self._position(one) for one in ids], np.int64)
+
+    @functools.cached_property
+    def _descending(self) -> np.ndarray:
+        """int64[documents]: positions in descending order of id."""
+        return np.argsort(self.order)
+
+    def _position(self, wanted: str) -> int:
+        low, high = 0, len(self)
+        while low < high:
+            middle = (low + high) // 2
+            position = int(self._descending[middle])
+            found = self[position].id
+            if found == wanted:
+                return position
+            low, high = (middle + 1, high) if found > wanted else (low, middle)
+        raise UserError(f"no document has the id {wanted!r}; ids are those of corpus.jsonl")
+
     def __getitem__(self, position: int) -> Document:
         line = self._bytes[self._offsets[position] : self._offsets[position + 1]]
         record = json.loads(line)
         return Document(record["_id"], record["title"], record["text"])
 
-    @functools.cached_property
-    def _by_id(self) -> np.ndarray:
-        """int[documents]: positions in ascending order of id."""
-        return np.argsort(self.order)[::-1]
-
     def find(self, document: str) -> Document:
         """A document by its id.
 
         Raises:
-          KeyError: there is none of this id.
+          UserError: no document has it.
         """
-        place = bisect.bisect_left(self._by_id, document, key=lambda position: self[position].id)
-        if place == len(self) or (found := self[self._by_id[place]]).id != document:
-            raise KeyError(document)
-        return found
+        return self[self._position(document)]
 
 
 def write_documents(documents: Iterable[Document], folder: str | Path) -> None:

@@ -48,10 +48,13 @@ class Index:
     def load(cls, folder: str | Path) -> Index:
         folder = Path(folder)
         about = read_json(folder / "index.json", what="index")
+        table = DocidTable.load(folder / "docids")
+        # A trie that an older version wrote is made again; it has nothing that the docids lack.
+        older = Trie.is_older(folder / "trie")
         return cls(
             vocabulary=Vocabulary.load(folder),
-            table=DocidTable.load(folder / "docids"),
-            trie=Trie.load(folder / "trie"),
+            table=table,
+            trie=build_trie(table) if older else Trie.load(folder / "trie"),
             documents=DocumentStore(folder),
             about=about,
         )

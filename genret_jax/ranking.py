@@ -12,12 +12,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Float32, Int
+from jaxtyping import Bool, Float32, Int
 
+from genret_jax.device_trie import DeviceTrie
 from genret_jax.docids.features import unit_length
 from genret_jax.modeling.model import Params, RetrievalModel
 from genret_jax.scoring import Candidates, Fusion
-from genret_jax.trie import DeviceTrie, Trie
+from genret_jax.trie import Trie
 from genret_jax.vocabularies import Vocabulary
 
 # Batches are filled up to one of these, so that a handful of programs serves every call.
@@ -89,6 +90,7 @@ class Ranker:
         beam: int,
         similarities: Similarities | None = None,
         scoring: str = "generation",
+        allowed: Bool[np.ndarray, " documents"] | None = None,
     ) -> list[list[Ranked]]:
         """The best k documents of each query; fewer where the beam reached fewer.
 
@@ -98,28 +100,48 @@ class Ranker:
           k, beam: documents a query, and hypotheses that the search keeps.
           similarities: of query and documents; needed unless scoring is "generation".
           scoring: "generation", "semantic" or "fused".
+          allowed: by position, the documents that may be found; by default all.
         """
-        found = self.candidates(params, queries, beam=beam)
+        found = self.candidates(params, queries, beam=beam, allowed=allowed)
         if similarities is not None:
             found = [with_similarity(one, similarities) for one in found]
         return [self._ranked(one, k, scoring) for one in found]
 
-    def candidates(self, params: Params, queries: Sequence[str], *, beam: int) -> list[Candidates]:
-        """What the beam reaches for each query, without similarities."""
-        out = []
+    def candidates(
+        self,
+        params: Params,
+        queries: Sequence[str],
+        *,
+        beam: int,
+        allowed: Bool[np.ndarray, " documents"] | None = None,
+    ) -> list[Candidates]:
+        """What the beam reaches for each query, without similarities.
+
+        The beam runs on the trie of the allowed documents: none of its places goes to others.
+        """
+        out: list[Candidates] = []
+        trie = self.device_trie
+        if allowed is not None:
+            trie = self.trie.restricted(trie, self.trie.rows_with(allowed))
         for start in range(0, len(queries), BATCH_SIZES[-1]):
             chunk = queries[start : start + BATCH_SIZES[-1]]
             tokens = self.vocabulary.encode_batch(chunk, self.input_length)
             size = next(n for n in BATCH_SIZES if len(chunk) <= n)
             tokens = np.pad(tokens, ((0, size - len(chunk)), (0, 0)))
-            result, query = self._search(params, tokens, self.device_trie, beam=beam)
+            result, query = self._search(params, tokens, trie, beam=beam)
             rows, scores, query = (np.asarray(x) for x in (result.row, result.scores, query))
             query = np.asarray(query, np.float32)
             query = unit_length(query) if self.similarity == "cosine" else query
-            out += [self._reached(rows[i], scores[i], query[i]) for i in range(len(chunk))]
+            out += [self._reached(rows[i], scores[i], query[i], allowed) for i in range(len(chunk))]
         return out
 
-    def _reached(self, rows: np.ndarray, scores: np.ndarray, query: np.ndarray) -> Candidates:
+    def _reached(
+        self,
+        rows: np.ndarray,
+        scores: np.ndarray,
+        query: np.ndarray,
+        allowed: np.ndarray | None = None,
+    ) -> Candidates:
         """Rows of the trie, best first -> the documents they name, each by its best row."""
         valid = rows >= 0
         rows, scores = rows[valid], scores[valid]
@@ -128,6 +150,8 @@ class Ranker:
         within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
         positions = self.trie.row_documents[np.repeat(starts, counts) + within]
         of = np.repeat(np.arange(len(rows)), counts)
+        if allowed is not None:  # a row may name others besides
+            positions, of = positions[allowed[positions]], of[allowed[positions]]
         _, first = np.unique(positions, return_index=True)  # rows come best first
         return Candidates(
             positions=positions[first],

@@ -16,11 +16,12 @@ import functools
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 import jax
+import numpy as np
 
 from genret_jax.baselines.protocol import Hit
 from genret_jax.documents import DOCUMENT_FILES
@@ -143,7 +144,14 @@ class Retriever:
 
     @overload
     def search(  # type: ignore[overload-overlap]
-        self, queries: str, *, k: int = ..., beam: int = ..., scoring: str | None = ...
+        self,
+        queries: str,
+        *,
+        k: int = ...,
+        beam: int = ...,
+        scoring: str | None = ...,
+        only: Collection[str] | None = ...,
+        without: Collection[str] = ...,
     ) -> list[RetrievedDocument]: ...
     @overload
     def search(
@@ -153,10 +161,19 @@ class Retriever:
         k: int = ...,
         beam: int = ...,
         scoring: str | None = ...,
+        only: Collection[str] | None = ...,
+        without: Collection[str] = ...,
     ) -> list[list[RetrievedDocument]]: ...
 
     def search(
-        self, queries: Any, *, k: int = 10, beam: int = DEFAULT_BEAM, scoring: str | None = None
+        self,
+        queries: Any,
+        *,
+        k: int = 10,
+        beam: int = DEFAULT_BEAM,
+        scoring: str | None = None,
+        only: Collection[str] | None = None,
+        without: Collection[str] = (),
     ) -> Any:
         """The best documents of a query, or of each of several queries.
 
@@ -167,6 +184,9 @@ class Retriever:
           scoring: "generation": log p(docid | query), in nats; "semantic": similarity of query
             and document, among the documents that the beam reached; "fused": both, with the
             weights that were best on dev. By default fused, where the retriever has vectors.
+          only: ids of the documents among which to search; by default all.
+          without: ids of documents that are not to be found. The beam runs on the identifiers of
+            the documents that remain, and finds what it would find if there were no others.
 
         Returns:
           Hits, best first: a list for one query, a list of lists for several. Documents of equal
@@ -175,14 +195,16 @@ class Retriever:
 
         Raises:
           UserError: for k or beam below 1, a scoring that is unknown or needs vectors that are
-            not there, a query that is no UTF-8, or a single query that is empty; among several
-            queries an empty one has no hits.
+            not there, an id that no document has, a query that is no UTF-8, or a single query that
+            is empty; among several queries an empty one has no hits.
         """
         scoring = self._scoring(scoring)
         if isinstance(queries, str):
             if not queries.strip():
                 raise UserError("the query is empty; write some words")
-            return self.search([queries], k=k, beam=beam, scoring=scoring)[0]
+            return self.search(
+                [queries], k=k, beam=beam, scoring=scoring, only=only, without=without
+            )[0]
         if k < 1 or beam < 1:
             raise UserError(f"k and beam must be at least 1, found k={k} and beam={beam}")
         for query in queries:
@@ -195,13 +217,31 @@ class Retriever:
         beam = min(max(beam, k), len(self.index.trie.rows))
         similarities = self.vectors.similarities if self.vectors else None
         found = self.ranker.rank(
-            self.params, asked, k=k, beam=beam, similarities=similarities, scoring=scoring
+            self.params,
+            asked,
+            k=k,
+            beam=beam,
+            similarities=similarities,
+            scoring=scoring,
+            allowed=self._allowed(only, without),
         )
         ranked = iter(found)
         return [
             [self._hit(r, rank) for rank, r in enumerate(next(ranked), 1)] if query.strip() else []
             for query in queries
         ]
+
+    def _allowed(self, only: Collection[str] | None, without: Collection[str]) -> Any:
+        """bool[documents], or None for all."""
+        if isinstance(only, str) or isinstance(without, str):
+            raise UserError('only and without are lists of ids, such as ["d1"], not one text')
+        if only is None and not without:
+            return None
+        documents = self.index.documents
+        allowed = np.full(len(documents), only is None)
+        allowed[documents.positions(only or ())] = True
+        allowed[documents.positions(without)] = False
+        return allowed
 
     def _scoring(self, asked: str | None) -> str:
         if asked is None:

@@ -46,8 +46,8 @@ class DocidSpace:
     size: int
 
     def to_model(self, local: _A) -> _A:
-        """Local ids -> model ids, for int arrays of numpy or JAX."""
-        return local + (self.start - 2) * (local >= 2).astype(local.dtype)  # type: ignore
+        """Local ids -> model ids, for int arrays of numpy or JAX; narrow ones become int32."""
+        return local + (self.start - 2) * (local >= 2).astype("int32")  # type: ignore
 
     def to_local(self, token: _A) -> _A:
         """Model ids -> local ids; the inverse of `to_model`."""

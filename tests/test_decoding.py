@@ -7,6 +7,7 @@ would look up the wrong row of the table.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 
@@ -18,8 +19,9 @@ import pytest
 from hypothesis import assume, example, given, settings
 
 from genret_jax.decoding import constrained_beam_search
+from genret_jax.device_trie import DeviceTrie
 from genret_jax.docids.table import DocidTable
-from genret_jax.trie import DeviceTrie, Trie, build_trie
+from genret_jax.trie import Trie, build_trie
 
 VOCAB, BATCH, LENGTH, MOST_IDS = 16, 2, 5, 24
 HASHES = 509
@@ -42,20 +44,48 @@ def make_trie(sequences) -> tuple[Trie, Ids]:
     return build_trie(table), ids
 
 
-def roomy(trie: Trie) -> DeviceTrie:
-    """Bounds that hold for every trie made here, so that all of them share a compiled search."""
+def roomy(trie: Trie, rows: np.ndarray | None = None) -> DeviceTrie:
+    """Bounds that hold for every trie made here, so that all of them share a compiled search.
+
+    Every level is searched ragged; the tail is any length up to the longest.
+    """
 
     def padded(array: np.ndarray, size: int, fill: int) -> np.ndarray:
-        return np.concatenate([array, np.full(size - len(array), fill, np.int32)])
+        pad = [(0, size - len(array)), *((0, 0) for _ in array.shape[1:])]
+        return np.pad(array, pad, constant_values=fill)
 
+    below = None
+    if rows is not None:
+        below = padded(np.cumsum([0, *rows], dtype=np.int32), MOST_IDS + 1, rows.sum())
+    wide = np.pad(trie.rows, ((0, 0), (0, LENGTH - trie.max_length)))
     return DeviceTrie(
         first_edge=padded(trie.first_edge, CAPACITY + 1, trie.first_edge[-1]),
         edge_token=padded(trie.edge_token, CAPACITY, 0),
-        leaf_row=padded(trie.leaf_row, CAPACITY, -1),
-        max_length=LENGTH,
-        root_width=VOCAB,
-        widths=(VOCAB, MOST_IDS),
+        row_begin=padded(trie.row_begin, CAPACITY + 1, len(trie.rows)),
+        rows=padded(wide, MOST_IDS, 0),
+        num_rows=np.int32(len(trie.rows)),
+        dense=(),
+        allowed=below,
+        widths=((VOCAB,), (VOCAB, MOST_IDS), (VOCAB, MOST_IDS)),
+        choices=(0, 0, 30),  # a tail begins at level 2
     )
+
+
+def dense(trie: Trie, rows: np.ndarray | None = None) -> DeviceTrie:
+    """The same with levels 0 and 1 dense."""
+    allowed = trie.rows if rows is None else trie.rows[rows]
+    first = np.zeros((1, VOCAB), bool)
+    first[0, allowed[:, 0]] = True
+    second = np.zeros((VOCAB, VOCAB), bool)
+    if trie.max_length > 1:
+        roots = trie.edge_token[: trie.first_edge[1]].tolist()
+        for row in allowed.tolist():
+            second[roots.index(row[0]) if roots else 0, row[1]] = True
+    return dataclasses.replace(roomy(trie, rows), dense=(first, second))
+
+
+# The ways through the search, tested alike: how a level is read, and whether tails are one pass.
+PATHS = [(roomy, True), (dense, False)]
 
 
 @st.composite
@@ -93,8 +123,23 @@ def table_step(table):
     return step
 
 
-@functools.partial(jax.jit, static_argnames=("beam", "normaliser"))
-def search(table, start, trie, *, beam, normaliser="vocabulary"):
+def table_tail(table):
+    """The same for several tokens: one lookup for each, along the hash of what went before."""
+    step = table_step(table)
+
+    def tail(inputs, targets, position, cache):
+        out = []
+        for place in range(inputs.shape[-1]):
+            logits, cache = step(inputs[..., place], position + place, cache)
+            log_p = jax.nn.log_softmax(logits)
+            out.append(jnp.take_along_axis(log_p, targets[..., place, None], axis=-1)[..., 0])
+        return jnp.stack(out, axis=-1)
+
+    return tail
+
+
+@functools.partial(jax.jit, static_argnames=("beam", "normaliser", "tails"))
+def search(table, start, trie, *, beam, normaliser="vocabulary", tails=False):
     return constrained_beam_search(
         table_step(table),
         {"state": start[:, None]},
@@ -102,6 +147,7 @@ def search(table, start, trie, *, beam, normaliser="vocabulary"):
         batch=BATCH,
         beam=beam,
         normaliser=normaliser,
+        tail_fn=table_tail(table) if tails else None,
     )
 
 
@@ -201,18 +247,21 @@ def assert_same(ours: dict, expected: dict) -> None:
     sequences=sequence_sets(),
     seed=st.integers(0, 10**6),
     normaliser=st.sampled_from(NORMALISERS),
+    path=st.sampled_from(PATHS),
 )
-@example(sequences=SINGLE, seed=1, normaliser="vocabulary")
-@example(sequences=SINGLE, seed=1, normaliser="children")
-@example(sequences=NESTED, seed=2, normaliser="vocabulary")
-@example(sequences=SHARED, seed=3, normaliser="vocabulary")
-@example(sequences=SKEWED, seed=4, normaliser="vocabulary")
-@example(sequences=SKEWED, seed=4, normaliser="children")
-@example(sequences=ATOMIC, seed=5, normaliser="vocabulary")
-def test_a_beam_of_all_identifiers_scores_every_one(sequences, seed, normaliser):
+@example(sequences=SINGLE, seed=1, normaliser="vocabulary", path=(roomy, True))
+@example(sequences=SINGLE, seed=1, normaliser="vocabulary", path=(roomy, True))
+@example(sequences=SINGLE, seed=1, normaliser="children", path=(roomy, True))
+@example(sequences=NESTED, seed=2, normaliser="vocabulary", path=(dense, False))
+@example(sequences=SHARED, seed=3, normaliser="vocabulary", path=(dense, False))
+@example(sequences=SKEWED, seed=4, normaliser="vocabulary", path=(roomy, True))
+@example(sequences=SKEWED, seed=4, normaliser="children", path=(roomy, True))
+@example(sequences=ATOMIC, seed=5, normaliser="vocabulary", path=(roomy, True))
+def test_a_beam_of_all_identifiers_scores_every_one(sequences, seed, normaliser, path):
     trie, ids = make_trie(sequences)
     table, start = make_model(seed)
-    result = search(table, start, roomy(trie), beam=MOST_IDS, normaliser=normaliser)
+    device, tails = path
+    result = search(table, start, device(trie), beam=MOST_IDS, normaliser=normaliser, tails=tails)
     for query in range(BATCH):
         expected = exhaustive(table, start[query], ids, normaliser)
         assert_same(found(result, trie, ids, query), expected)
@@ -222,21 +271,53 @@ def test_a_beam_of_all_identifiers_scores_every_one(sequences, seed, normaliser)
 @given(
     sequences=sequence_sets(),
     seed=st.integers(0, 10**6),
-    beam=st.sampled_from([1, 2, 4]),
+    beam=st.sampled_from([1, 4]),
     normaliser=st.sampled_from(NORMALISERS),
+    path=st.sampled_from(PATHS),
 )
-@example(sequences=NESTED, seed=2, beam=2, normaliser="vocabulary")
-@example(sequences=SKEWED, seed=4, beam=4, normaliser="vocabulary")
-@example(sequences=SKEWED, seed=4, beam=4, normaliser="children")
-@example(sequences=ATOMIC, seed=5, beam=4, normaliser="vocabulary")
-def test_a_small_beam_finds_what_a_search_in_python_finds(sequences, seed, beam, normaliser):
+@example(sequences=NESTED, seed=2, beam=4, normaliser="vocabulary", path=(roomy, True))
+@example(sequences=SKEWED, seed=4, beam=4, normaliser="vocabulary", path=(dense, False))
+@example(sequences=SKEWED, seed=4, beam=4, normaliser="children", path=(roomy, True))
+@example(sequences=ATOMIC, seed=5, beam=4, normaliser="vocabulary", path=(dense, False))
+def test_a_small_beam_finds_what_a_search_in_python_finds(sequences, seed, beam, normaliser, path):
     trie, ids = make_trie(sequences)
     table, start = make_model(seed)
     expected = [plain_search(table, s, ids, beam, normaliser) for s in start]
     assume(min(gap for _, gap in expected) > 1e-3)  # nearly equal ones may go either way
-    result = search(table, start, roomy(trie), beam=beam, normaliser=normaliser)
+    device, tails = path
+    result = search(table, start, device(trie), beam=beam, normaliser=normaliser, tails=tails)
     for query in range(BATCH):
         assert_same(found(result, trie, ids, query), expected[query][0])
+
+
+@settings(max_examples=80)
+@given(
+    sequences=sequence_sets(),
+    seed=st.integers(0, 10**6),
+    beam=st.sampled_from([4, MOST_IDS]),
+    normaliser=st.sampled_from(NORMALISERS),
+    path=st.sampled_from(PATHS),
+    share=st.sampled_from([0.2, 0.5, 0.9]),
+)
+@example(sequences=SKEWED, seed=4, beam=4, normaliser="vocabulary", path=(dense, False), share=0.2)
+@example(sequences=NESTED, seed=4, beam=4, normaliser="children", path=(roomy, True), share=0.5)
+def test_a_filter_gives_what_a_trie_of_the_allowed_ones_gives(
+    sequences, seed, beam, normaliser, path, share
+):
+    """Not what is left of a search without it: others take the places of those that may not be."""
+    trie, ids = make_trie(sequences)
+    table, start = make_model(seed)
+    rows = np.random.default_rng(seed).random(len(trie.rows)) < share
+    kept = {tuple(r[r > 0].tolist()) for r in trie.rows[rows]}
+    some = {i: documents for i, documents in ids.items() if i in kept}
+    expected = [plain_search(table, s, some, beam, normaliser) for s in start if some]
+    assume(min((gap for _, gap in expected), default=1) > 1e-3)
+    device, tails = path
+    device = device(trie, rows)
+    result = search(table, start, device, beam=beam, normaliser=normaliser, tails=tails)
+    for query in range(BATCH):
+        best = expected[query][0] if some else {}
+        assert_same(found(result, trie, ids, query), best)
 
 
 @pytest.mark.parametrize(
@@ -374,24 +455,31 @@ def test_other_values_in_the_same_buckets_do_not_recompile():
 
     @jax.jit
     def counted(table, start, trie):
-        traces.append(trie.leaf_row.shape)
+        traces.append(trie.rows.shape)
         return search(table, start, trie, beam=MOST_IDS)
 
     table, start = make_model(8)
     base = [[a, b, 2] for a in (2, 3, 4, 5) for b in (2, 3, 4, 5)]
-    bounds = set()
+    like = None
     for change in (base, base[:-1], [*base[:-1], [5, 6, 2]], [*base[:-1], [2, 2, 7]]):
         trie, ids = make_trie(change)
-        bounds.add(jax.tree.structure(trie.on_device()))
-        result = counted(table, start, trie.on_device())
+        like = trie.on_device(like=like)
+        result = counted(table, start, like)
         for query in range(BATCH):
             expected = exhaustive(table, start[query], ids, "vocabulary")
             assert_same(found(result, trie, ids, query), expected)
-    assert len(bounds) == 1, "the tries of this test are to share their buckets"
     assert len(traces) == 1
+    for seed in range(3):
+        kept = np.random.default_rng(seed).random(len(change)) < 0.5
+        result = counted(table, start, trie.restricted(like, trie.rows_with(kept)))
+        for query in range(BATCH):
+            some = {i: d for i, d in ids.items() if kept[d].any()}
+            expected = exhaustive(table, start[query], some, "vocabulary")
+            assert_same(found(result, trie, ids, query), expected)
+    assert len(traces) == 2, "one program for all, and one for all filters"
     trie, _ = make_trie([[2, 2]])
     counted(table, start, trie.on_device())
-    assert len(traces) == 2, "the counter counts"
+    assert len(traces) == 3, "the counter counts"
 
 
 def test_the_trie_is_an_argument_and_no_constant():
@@ -400,10 +488,12 @@ def test_the_trie_is_an_argument_and_no_constant():
     device = trie.on_device()
     search_3 = functools.partial(search, beam=3)
     traced = jax.make_jaxpr(search_3)(table, start, device)
-    assert len(traced.jaxpr.invars) == 2 + len(jax.tree.leaves(device)) == 5
+    assert len(traced.jaxpr.invars) == 2 + len(jax.tree.leaves(device))
     constants = [c for c in traced.consts if np.size(c) > 1]
     assert not constants
-    assert len(jax.tree.leaves(device)) == 3
+    assert len(jax.tree.leaves(device)) == 5 + len(device.dense) == 6
+    filtered = trie.on_device(np.arange(len(trie.rows)) % 2 == 0)
+    assert len(jax.tree.leaves(filtered)) == 7
 
 
 def test_the_rows_of_a_batch_are_independent():
@@ -421,22 +511,59 @@ def test_the_rows_of_a_batch_are_independent():
             np.testing.assert_array_equal(b[1], c[0])
 
 
-def test_the_loop_ends_when_nothing_can_grow():
-    """Identifiers of two tokens need two steps, however long the longest one may be."""
-    steps = []
+def counting(calls, name):
+    """A step or a tail of a model that knows nothing, and how often it ran."""
+
+    def note(position, shape):
+        jax.debug.callback(lambda p: calls.append((name, int(p), shape)), position)
 
     def step(tokens, position, cache):
-        jax.debug.callback(lambda p, shape=tokens.shape: steps.append((int(p), shape)), position)
+        note(position, tokens.shape)
         return jnp.zeros((*tokens.shape, VOCAB)).at[..., 0].set(-jnp.inf), cache
 
+    def tail(inputs, targets, position, cache):
+        note(position, inputs.shape)
+        return jnp.full(inputs.shape, -math.log(VOCAB - 1))
+
+    return step if name == "step" else tail
+
+
+@pytest.mark.parametrize(
+    ("tails", "expected"),
+    [
+        (False, [("step", p, (BATCH, 4 if p else 1)) for p in range(4)]),
+        (True, [("step", 0, (BATCH, 1)), ("tail", 1, (BATCH, 4, 3))]),
+    ],
+)
+def test_known_tokens_are_scored_in_one_pass(tails, expected):
+    """The identifiers part at their first token; three more follow, in one pass or in three."""
+    calls = []
+    step, tail = counting(calls, "step"), counting(calls, "tail") if tails else None
+    trie, ids = make_trie([[2, 3, 3, 3], [3, 4, 4, 4], [5, 6, 7, 8]])
+    device = trie.on_device()
+    assert device.tail(BATCH * 4) == 3
+    result = jax.jit(
+        lambda t: constrained_beam_search(step, {}, t, batch=BATCH, beam=4, tail_fn=tail)
+    )(device)
+    jax.block_until_ready(result)
+    jax.effects_barrier()
+    assert set(found(result, trie, ids, 0)) == set(ids)
+    np.testing.assert_allclose(result.scores[:, :3], -4 * math.log(VOCAB - 1), rtol=1e-6)
+    assert sorted(calls) == expected
+
+
+def test_the_loop_ends_when_nothing_can_grow():
+    """Identifiers of two tokens need two steps, however long the longest one may be."""
+    calls = []
     trie, ids = make_trie([[2, 3], [2, 4], [5, 6]])
+    step = counting(calls, "step")
     result = jax.jit(lambda t: constrained_beam_search(step, {}, t, batch=BATCH, beam=4))(
         roomy(trie)
     )
     jax.block_until_ready(result)
     jax.effects_barrier()
     assert set(found(result, trie, ids, 0)) == set(ids)
-    assert sorted(steps) == [(0, (BATCH, 1)), (1, (BATCH, 4))]
+    assert sorted(calls) == [("step", 0, (BATCH, 1)), ("step", 1, (BATCH, 4))]
 
 
 @pytest.mark.parametrize(

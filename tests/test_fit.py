@@ -82,6 +82,43 @@ def test_search(run, capsys):
     assert found["hits"][0]["title"] in capsys.readouterr().out.splitlines()[0]
 
 
+def test_only_and_without_search_a_part_of_the_documents(run, tmp_path, capsys):
+    """Against the whole ranking, which a beam of 100 has of 8 documents; and no beam is wasted."""
+    retriever = Retriever.load(run)
+    whole = {h.document: h for h in retriever.search("repair lifts", k=8)}
+    some = list(whole)[1::3]
+    ways = [{"only": some}, {"without": set(whole) - set(some)}]
+    ways.append({"only": list(whole)[1:], "without": set(whole) - set(some)})
+    for way in ways:
+        hits = retriever.search("repair lifts", k=8, **way)
+        assert [h.document for h in hits] == some
+        for hit in hits:
+            assert hit.generation == pytest.approx(whole[hit.document].generation, abs=1e-4)
+        narrow = retriever.search(["repair lifts"], k=1, beam=1, scoring="generation", **way)[0]
+        assert len(narrow) == 1 and narrow[0].document in some
+    assert retriever.search("repair lifts", only=[]) == []
+    (tmp_path / "ids.txt").write_text("\n".join(some) + "\n")
+    for options in (["--only", ",".join(some)], ["--only", f"@{tmp_path / 'ids.txt'}"]):
+        assert main(["search", str(run), "repair lifts", "--json", *options]) == 0
+        assert [h["document"] for h in _json(capsys)["hits"]] == some
+    left_out = ["--without", some[0], "--without", some[1]]
+    assert main(["search", str(run), "repair lifts", "--json", *left_out]) == 0
+    assert not {h["document"] for h in _json(capsys)["hits"]} & set(some[:2])
+    with pytest.raises(UserError, match="not one text"):
+        retriever.search("repair lifts", only="lifts")
+
+
+def test_the_trie_of_an_older_version_is_made_again(run, tmp_path):
+    folder = tmp_path / "older"
+    shutil.copytree(run / "retriever", folder)
+    about = json.loads((folder / "trie" / "trie.json").read_text())
+    (folder / "trie" / "trie.json").unlink()  # a hard link, perhaps
+    (folder / "trie" / "trie.json").write_text(json.dumps({**about, "format": 1}))
+    (folder / "trie" / "row_begin.npy").unlink()
+    ours, theirs = (Retriever.load(f).search("repair lifts") for f in (folder, run))
+    assert ours == theirs
+
+
 def test_generation_is_the_teacher_forced_log_probability(run):
     retriever = Retriever.load(run)
     hits = retriever.search("bread from an oven", k=8)
@@ -243,6 +280,8 @@ def test_search_needs_no_tensorflow(run):
         (["search", "{run}", "\udcff"], "is not UTF-8"),
         (["search", "{run}", "  "], "is empty; write some words"),
         (["search", "{run}", "bees", "-k", "0"], "k and beam must be at least 1"),
+        (["search", "{run}", "bees", "--only", "bees,boes"], "no document has the id 'boes'"),
+        (["search", "{run}", "bees", "--without", "@nowhere.txt"], "nowhere.txt: No such file"),
         (["search", "{foreign}", "bees"], "not a retriever"),
         (["search", "{unfinished}", "bees"], "run the same `genret fit` again"),
         (["evaluate", "{run}", "--split", "tset"], "tset"),

@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "genret_jax"
 ROOMS = """
     errors files lines records trec corpus documents
     baselines evaluation significance hybrid
-    docids trie vocabularies decoding
+    docids device_trie trie live_trie vocabularies decoding
     modeling pretrained scoring ranking vectors
     recipe splitting indexing negatives data training
     weights retriever export pseudo_queries dense stages t5x fit searchers

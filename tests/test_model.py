@@ -174,6 +174,25 @@ def test_search_scores_what_score_scores(model, beam):
             np.testing.assert_allclose(np.asarray(result.scores[query])[valid], best, atol=1e-4)
 
 
+@pytest.mark.parametrize("beam", [3, 12])
+def test_a_tail_in_one_pass_scores_what_score_scores(beam):
+    """Identifiers that part early: most of their tokens are scored at once, behind the cache."""
+    rng = np.random.default_rng(6)
+    stems = [(a, b) for a in range(2, 6) for b in range(2, 5)]
+    ids = [[*stem, *rng.integers(2, DOCIDS, rng.integers(2, 5))] for stem in stems]
+    labels = ["<pad>", "</s>", *(f"t{i}" for i in range(2, DOCIDS))]
+    trie = build_trie(DocidTable.from_sequences(ids, range(len(ids)), labels, "test", {}))
+    device = trie.on_device()
+    assert device.tail(BATCH * beam) == trie.max_length - 2 > 2
+    result = search(params_of(UNTIED), queries(), device, model=UNTIED, beam=beam)
+    assert result.valid.all()
+    for place in range(beam):
+        rows = np.asarray(result.row[:, place])
+        expected = score(params_of(UNTIED), queries(), trie.rows[rows], model=UNTIED)
+        np.testing.assert_allclose(result.scores[:, place], expected, atol=1e-4)
+    assert all(len(set(rows)) == beam for rows in np.asarray(result.row).tolist())
+
+
 def test_search_passes_the_normaliser_on():
     with pytest.raises(ValueError, match="normaliser must be one of"):
         jax.eval_shape(

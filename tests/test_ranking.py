@@ -67,6 +67,17 @@ def test_documents_of_one_identifier_share_its_score():
     assert _ids(ranker, [0, 1], [-1.0, -2.0], 3) == [("d1", -1.0), ("d0", -1.0), ("d2", -2.0)]
 
 
+def test_an_identifier_of_several_documents_gives_only_the_allowed_ones():
+    ranker = _ranker([0, 1, 2], sequences=[[2], [2], [3]])
+    for allowed in ([True, False, True], [False, True, False], [False, False, False]):
+        allowed = np.array(allowed)
+        rows = np.flatnonzero(ranker.trie.rows_with(allowed))
+        scores = np.arange(-1, -1 - len(rows), -1, dtype=np.float32)
+        found = ranker._reached(rows, scores, QUERY, allowed)
+        assert found.positions.tolist() == np.flatnonzero(allowed).tolist()
+        assert len(found.rows) == len(found.generation) == allowed.sum()
+
+
 @pytest.mark.parametrize("k", [1, 2, 3])
 def test_k_cuts_documents_not_identifiers(k):
     ranker = _ranker([0, 0, 0, 1])

@@ -20,9 +20,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from genret_jax.decoding import BeamResult, constrained_beam_search
+from genret_jax.device_trie import DeviceTrie
 from genret_jax.modeling import losses
 from genret_jax.modeling.network import T5, T5Config, empty_cache
-from genret_jax.trie import DeviceTrie
 from genret_jax.vocabularies import DocidSpace
 
 Batch = Mapping[str, Array]
@@ -246,9 +246,24 @@ class RetrievalModel:
             )
             return self.docid_logits(params, states), cache
 
+        def tail(inputs: Array, targets: Array, position: Array, cache: Any) -> Array:
+            states: Any = self.network.apply(
+                variables, self.docids.to_model(inputs), position, cache, cross, method=T5.tail
+            )
+
+            def log_p(place: tuple[Array, Array]) -> Array:
+                states, target = place
+                logits = self.docid_logits(params, states)
+                logit = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
+                return logit - jax.nn.logsumexp(logits, axis=-1)
+
+            # Place by place: logits of all of them would be the largest array of the search.
+            places = jnp.moveaxis(states, 2, 0), jnp.moveaxis(targets, 2, 0)
+            return jnp.moveaxis(jax.lax.map(log_p, places), 0, 2)
+
         cache = empty_cache(self.config, batch, 1, trie.max_length)
         return constrained_beam_search(
-            step, cache, trie, batch=batch, beam=beam, normaliser=normaliser
+            step, cache, trie, batch=batch, beam=beam, normaliser=normaliser, tail_fn=tail
         )
 
     def search_and_embed(

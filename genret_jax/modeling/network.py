@@ -335,6 +335,35 @@ class DecoderLayer(nn.Module):
         y = self.pre_mlp_layer_norm(x)
         return x + self.mlp(y, True), self_kv
 
+    def tail(
+        self,
+        x: Array,
+        self_kv: tuple[Array, Array],
+        bias: Array,
+        cross_kv: tuple[Array, Array],
+        cross_bias: Array,
+    ) -> Array:
+        """Several tokens for each beam at once: x [batch, beam, tail, embed] -> the same.
+
+        Shape: bias [1, heads, tail, max_length + tail], over the cache and then the tokens of x.
+        """
+        batch, beam, tail, embed = x.shape
+        y = self.pre_self_attention_layer_norm(x)
+        new = self.self_attention.project_kv(y)
+        kv = jax.tree.map(
+            lambda old, now: jnp.concatenate([old, now], axis=2).reshape(
+                batch * beam, -1, *old.shape[3:]
+            ),
+            self_kv,
+            new,
+        )
+        y = self.self_attention.attend(y.reshape(batch * beam, tail, embed), kv, bias, True)
+        x = (x + y.reshape(x.shape)).reshape(batch, beam * tail, embed)
+        y = self.pre_cross_attention_layer_norm(x)
+        x = x + self.encoder_decoder_attention.attend(y, cross_kv, cross_bias, True)
+        y = self.pre_mlp_layer_norm(x)
+        return (x + self.mlp(y, True)).reshape(batch, beam, tail, embed)
+
 
 class Encoder(nn.Module):
     config: T5Config
@@ -396,6 +425,26 @@ class Decoder(nn.Module):
             x, self_kv = layer.step(x, position, self_kv, bias, cross_kv, cross.bias)
             updated.append(self_kv)
         return self.decoder_norm(x), DecodingCache(tuple(updated))
+
+    def tail(
+        self, embedded: Array, position: Array, cache: DecodingCache, cross: CrossCache
+    ) -> Array:
+        max_length, tail = cache.self_kv[0][0].shape[2], embedded.shape[2]
+        old, new = jnp.arange(max_length), position + jnp.arange(tail)
+        seen = jnp.concatenate(
+            [
+                jnp.broadcast_to(old < position, (tail, max_length)),
+                new[None, :] <= new[:, None],
+            ],
+            axis=1,
+        )
+        bias = self.relpos_bias(new, jnp.concatenate([old, new])) + jnp.where(seen, 0.0, NEGATIVE)
+        x = embedded
+        for layer, self_kv, cross_kv in zip(
+            self.layers, cache.self_kv, cross.cross_kv, strict=True
+        ):
+            x = layer.tail(x, self_kv, bias, cross_kv, cross.bias)
+        return self.decoder_norm(x)
 
 
 class OutputMatrix(nn.Module):
@@ -477,6 +526,15 @@ class T5(nn.Module):
     ) -> tuple[Array, DecodingCache]:
         """Decoder states [batch, beam, embed] after int32 `tokens` [batch, beam] at `position`."""
         return self.decoder.step(self.token_embedder(tokens), position, cache, cross)
+
+    def tail(
+        self, tokens: Array, position: Array, cache: DecodingCache, cross: CrossCache
+    ) -> Array:
+        """What `step` would give for int32 `tokens` [batch, beam, tail] from `position` on.
+
+        Returns decoder states [batch, beam, tail, embed]; the cache is read, not written.
+        """
+        return self.decoder.tail(self.token_embedder(tokens), position, cache, cross)
 
 
 def padding_bias(tokens: Array) -> Array:

@@ -1,0 +1,279 @@
+"""How fast constrained beam search is, against other ways to do it, after checking that they agree.
+
+    python benchmarks/decoding.py --peers hf,unconstrained --ids 100000 --beams 10 --batch 1,8
+    python benchmarks/decoding.py --part step --peers static --ids 1e4,1e6 --sets random,skewed
+    python benchmarks/decoding.py --growth growth.png
+
+A peer whose package does not import is left out and named. Each side runs in a process of its own
+with as many threads; the sides take turns, so that other work on the machine slows both, and a
+ratio is the median over turns of the peer's time over ours: our queries a second over its.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+
+from peers import PEERS, missing  # noqa: E402
+from problem import SETS, SHAPES, Problem  # noqa: E402
+
+CHECKED = 2  # batches whose results are compared before anything is timed
+TOLERANCE = 2e-3  # nats, of sums of eight float32 log-probabilities
+
+
+class Worker:
+    """A peer in its process."""
+
+    def __init__(self, peer: str, threads: int):
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(
+                [str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")]
+            ),
+            "OMP_NUM_THREADS": str(threads),
+            # A thread that waits sleeps: while it is the other side's turn, and between operations
+            # where there are more processes than cores.
+            "OMP_WAIT_POLICY": "PASSIVE",
+            "JAX_PLATFORMS": "cpu",
+        }
+        self.peer = peer
+        self._process = subprocess.Popen(
+            [sys.executable, str(HERE / "worker.py"), peer, str(threads)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment,
+            text=True,
+        )
+
+    def ask(self, **request: Any) -> dict[str, Any]:
+        """Raises ValueError with the worker's reason when it cannot do what is asked."""
+        assert self._process.stdin and self._process.stdout
+        print(json.dumps(request), file=self._process.stdin, flush=True)
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self.peer}: its process ended ({self._process.wait()})")
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise ValueError(answer["error"])
+        return answer
+
+    def close(self) -> None:
+        self._process.communicate()
+
+
+def disagreement(ours: dict[str, Any], theirs: dict[str, Any]) -> str | None:
+    """What is wrong with the peer's results, or None.
+
+    Both must find the same identifiers, but for those that score within TOLERANCE of the last one.
+    """
+    for query, (our_tokens, their_tokens, scores) in enumerate(
+        zip(ours["tokens"], theirs["tokens"], ours["scores"], strict=True)
+    ):
+        kept = [s for s in scores if np.isfinite(s)]
+        score = dict(zip(map(tuple, our_tokens), kept, strict=False))
+        found = [tuple(row) for row in their_tokens]
+        lost = [i for i in score if i not in set(found) and score[i] > kept[-1] + TOLERANCE]
+        if lost:
+            return f"query {query}: {len(lost)} of {len(score)} identifiers are not found"
+        if theirs["scores"] is None:
+            continue
+        for identifier, value in zip(found, theirs["scores"][query], strict=True):
+            if identifier in score and abs(score[identifier] - value) > TOLERANCE:
+                return f"query {query}: scores differ by {abs(score[identifier] - value):.2g}"
+    return None
+
+
+def measure(
+    ours: Worker, peer: Worker, problem: Problem, beam: int, part: str, repeats: int
+) -> dict[str, Any]:
+    """One row of the table."""
+    request = {"problem": dataclasses.asdict(problem), "beam": beam, "part": part}
+    about = [side.ask(do="prepare", **request) for side in (ours, peer)]
+    agree = "different by nature"
+    if peer.peer != "unconstrained":
+        for number in range(CHECKED):
+            wrong = disagreement(*(s.ask(do="find", number=number) for s in (ours, peer)))
+            if wrong:
+                raise ValueError(f"results differ, {wrong}")
+        agree = "yes" if peer.peer == "hf" else "documents"
+    times: list[list[dict[str, float]]] = [[], []]
+    for turn in range(repeats + 1):
+        for side, worker in enumerate((ours, peer)):
+            answer = worker.ask(do="time", number=CHECKED + turn)
+            if turn:  # the first turn warms up
+                times[side].append(answer)
+
+    def median(key: str, side: int) -> float:
+        return statistics.median(t[key] for t in times[side])
+
+    def ratio(key: str) -> float:
+        return statistics.median(b[key] / a[key] for a, b in zip(*times, strict=True))
+
+    return {
+        "part": part,
+        "peer": peer.peer,
+        "shape": problem.shape if part == "search" else "-",
+        "set": problem.kind,
+        "ids": len(problem.tokens),
+        "beam": beam,
+        "batch": problem.batch,
+        "ratio": round(ratio("seconds"), 3),
+        "cpu_ratio": round(ratio("cpu_seconds"), 3),
+        "ours_ms": round(1e3 * median("seconds", 0), 2),
+        "peer_ms": round(1e3 * median("seconds", 1), 2),
+        "ours_cpu_ms": round(1e3 * median("cpu_seconds", 0), 2),
+        "peer_cpu_ms": round(1e3 * median("cpu_seconds", 1), 2),
+        "agree": agree,
+        "repeats": repeats,
+        **{f"{key}_ours": _short(about[0][key]) for key in ("build_s", "bytes", "first_run_s")},
+        **{f"{key}_peer": _short(about[1][key]) for key in ("build_s", "bytes", "first_run_s")},
+        "normaliser_ours": about[0]["normaliser"],
+        "normaliser_peer": about[1]["normaliser"],
+    }
+
+
+def _short(value: float) -> float:
+    return value if isinstance(value, int) else round(value, 3)
+
+
+def grid(arguments: argparse.Namespace) -> Iterator[tuple[Problem, int]]:
+    for shape, kind, ids, batch, beam in itertools.product(
+        arguments.shapes, arguments.sets, arguments.ids, arguments.batch, arguments.beams
+    ):
+        problem = Problem(
+            ids=ids,
+            kind=kind,
+            shape=shape,
+            batch=batch,
+            vocab=arguments.vocab,
+            length=arguments.length,
+        )
+        yield problem, beam
+
+
+def compare(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rows of all peers, each as soon as it is measured."""
+    rows = []
+    for name in arguments.peers:
+        absent = missing(name)
+        if absent:
+            print(f"{name}: left out, {', '.join(absent)} not installed", file=sys.stderr)
+            continue
+        ours, peer = Worker("ours", arguments.threads), Worker(name, arguments.threads)
+        for problem, beam in grid(arguments):
+            try:
+                row = measure(ours, peer, problem, beam, arguments.part, arguments.repeats)
+            except ValueError as error:
+                row = {"peer": name, "set": problem.kind, "ids": problem.ids, "beam": beam}
+                row |= {"part": arguments.part, "batch": problem.batch, "error": str(error)}
+            rows.append(row)
+            print(line(row), file=sys.stderr, flush=True)
+        ours.close()
+        peer.close()
+    return rows
+
+
+COLUMNS = (
+    *("part", "peer", "shape", "set", "ids", "beam", "batch", "ratio", "cpu_ratio"),
+    *("ours_ms", "peer_ms", "agree", "build_s_ours", "build_s_peer", "bytes_ours", "bytes_peer"),
+    *("first_run_s_ours", "first_run_s_peer"),
+)
+
+
+def line(row: dict[str, Any]) -> str:
+    if "error" in row:
+        where = ", ".join(f"{k} {row[k]}" for k in ("set", "ids", "beam", "batch"))
+        return f"| {row['part']} | {row['peer']} | {where}: {row['error']} |"
+    cells = [f"{row[c]:,}" if isinstance(row[c], int) else str(row[c]) for c in COLUMNS]
+    return f"| {' | '.join(cells)} |"
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    head = [f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}"]
+    return "\n".join([*head, *map(line, rows)])
+
+
+def growth(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Time of our search over the number of identifiers, at every beam; with a picture."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    worker = Worker("ours", arguments.threads)
+    rows: list[dict[str, Any]] = []
+    figure, axes = pyplot.subplots(figsize=(6, 4))
+    for beam in arguments.beams:
+        times = []
+        for ids in arguments.ids:
+            problem = Problem(ids=ids, vocab=arguments.vocab, shape=arguments.shapes[0])
+            request = {"problem": dataclasses.asdict(problem), "beam": beam}
+            worker.ask(do="prepare", part=arguments.part, **request)
+            runs = [worker.ask(do="time", number=n) for n in range(arguments.repeats + 1)][1:]
+            times.append(1e3 * statistics.median(run["cpu_seconds"] for run in runs))
+            row = {"part": arguments.part, "ids": ids, "beam": beam, "cpu_ms": round(times[-1], 3)}
+            rows.append(row)
+            print(json.dumps(row), file=sys.stderr, flush=True)
+        axes.plot(arguments.ids, times, marker="o", label=f"beam {beam}")
+    worker.close()
+    axes.set(xscale="log", xlabel="identifiers", ylabel="ms of CPU a search", ylim=(0, None))
+    axes.legend()
+    figure.savefig(arguments.growth, dpi=120, bbox_inches="tight")
+    return rows
+
+
+def main() -> None:
+    def numbers(text: str) -> list[int]:
+        return [int(float(part)) for part in text.split(",")]
+
+    def among(names: Sequence[str]) -> Any:
+        def names_of(text: str) -> list[str]:
+            found = text.split(",")
+            unknown = sorted(set(found) - set(names))
+            if unknown:
+                raise argparse.ArgumentTypeError(f"{unknown[0]!r}: give some of {', '.join(names)}")
+            return found
+
+        return names_of
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    others = [name for name in PEERS if name != "ours"]
+    parser.add_argument("--part", choices=("search", "step"), default="search")
+    parser.add_argument("--peers", type=among(others), default=["hf", "unconstrained"])
+    parser.add_argument("--ids", type=numbers, default=[100_000])
+    parser.add_argument("--beams", type=numbers, default=[10])
+    parser.add_argument("--batch", type=numbers, default=[1])
+    parser.add_argument("--sets", type=among(SETS), default=["random"])
+    parser.add_argument("--shapes", type=among(list(SHAPES)), default=["small"])
+    parser.add_argument("--vocab", type=int, default=2048, help="docid tokens, and two")
+    parser.add_argument("--length", type=int, default=8, help="tokens of an identifier")
+    parser.add_argument("--repeats", type=int, default=7, help="turns of each side")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--growth", metavar="PNG", help="time over --ids instead, and its picture")
+    parser.add_argument("--json", action="store_true", help='{"rows": [...]} on stdout')
+    arguments = parser.parse_args()
+    rows = growth(arguments) if arguments.growth else compare(arguments)
+    if arguments.json:
+        print(json.dumps({"rows": rows}))
+    elif not arguments.growth:
+        print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,391 @@
+"""The searches that are compared. Each does the whole of a query: encoder, decoder, beam.
+
+A peer whose package does not import is left out. `hf` needs transformers and torch; `static` needs
+the package static_decoding (github.com/youtube/static-constraint-decoding) on the Python path.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+import sys
+import time
+from typing import Any, Protocol
+
+import numpy as np
+from problem import TEXT, Problem
+
+# A table of logits stands in for a network where the search alone is measured: both sides look up
+# the row of the token written last.
+LOOKUP_SCALE = 2.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """Identifiers of a batch: int[batch, beam, length] local ids, float[batch, beam] or None."""
+
+    tokens: np.ndarray
+    scores: np.ndarray | None
+
+
+class Peer(Protocol):
+    """One search, prepared for one problem and beam.
+
+    Attributes:
+      about: bytes of the index, build_s (CPU) of making it, what it normalises over.
+    """
+
+    about: dict[str, Any]
+
+    def __init__(self, problem: Problem, beam: int, part: str): ...
+
+    def run(self, number: int) -> Any: ...
+
+    def found(self, number: int) -> Found: ...
+
+
+def lookup(problem: Problem) -> np.ndarray:
+    """float32[vocab, vocab]: logits after each token."""
+    rng = np.random.default_rng(problem.seed + 2)
+    table = (rng.normal(size=(problem.vocab, problem.vocab)) * LOOKUP_SCALE).astype(np.float32)
+    table[:, 0] = -np.inf
+    return table
+
+
+class Ours:
+    """genret_jax. Part "search" has the network, part "step" a table of logits in its place."""
+
+    def __init__(self, problem: Problem, beam: int, part: str):
+        import jax
+
+        from genret_jax.trie import build_trie
+
+        self.problem, self.beam = problem, beam
+        table = problem.table
+        began = time.process_time()
+        trie = build_trie(table)
+        built = time.process_time() - began
+        self.trie = trie.on_device()
+        self.about = {
+            "build_s": built,
+            "bytes": trie.num_bytes,
+            "device_bytes": self.trie.num_bytes,
+            "normaliser": "docid tokens and EOS",
+        }
+        if part == "search":
+            params = jax.device_put(problem.params)
+            run = jax.jit(functools.partial(problem.model.search, beam=beam))
+            self._run = lambda number: run(params, problem.queries(number), self.trie)
+        else:
+            logits, run = jax.device_put(lookup(problem)), jax.jit(self._step)
+            self._run = lambda number: run(logits, self.trie, np.int32(number))
+
+    def _step(self, logits: Any, trie: Any, number: Any) -> Any:
+        import jax
+        import jax.numpy as jnp
+
+        from genret_jax.decoding import constrained_beam_search
+
+        def step(tokens: Any, position: Any, cache: Any) -> Any:
+            return logits[_start(tokens, position, number)], cache
+
+        def tail(inputs: Any, targets: Any, position: Any, cache: Any) -> Any:
+            def log_p(pair: Any) -> Any:
+                row, target = logits[pair[0]], pair[1]
+                chosen = jnp.take_along_axis(row, target[..., None], axis=-1)[..., 0]
+                return chosen - jax.nn.logsumexp(row, axis=-1)
+
+            places = jnp.moveaxis(inputs, 2, 0), jnp.moveaxis(targets, 2, 0)
+            return jnp.moveaxis(jax.lax.map(log_p, places), 0, 2)
+
+        return constrained_beam_search(
+            step, (), trie, batch=self.problem.batch, beam=self.beam, tail_fn=tail
+        )
+
+    def run(self, number: int) -> Any:
+        import jax
+
+        return jax.block_until_ready(self._run(number))
+
+    def found(self, number: int) -> Found:
+        result = self.run(number)
+        return Found(np.asarray(result.tokens), np.asarray(result.scores))
+
+
+def _start(tokens: Any, position: Any, number: Any) -> Any:
+    """The row to look up: of the last token, or at first one of the query's own."""
+    import jax.numpy as jnp
+
+    query = (number * 64 + jnp.arange(tokens.shape[0]))[:, None] % 1024 + 2
+    return jnp.where(position > 0, tokens, query)
+
+
+class Unconstrained:
+    """T5X's kind of search with the same network: the best of beam x vocabulary, and no trie.
+
+    It shares all that makes ours fast but for the trie: logits of the docid block, keys and values
+    of the query not copied for each beam, the first step with one hypothesis.
+    """
+
+    def __init__(self, problem: Problem, beam: int, part: str):
+        import jax
+
+        self.problem, self.beam = problem, beam
+        self.about = {"build_s": 0.0, "bytes": 0, "normaliser": "docid tokens and EOS"}
+        if part != "search":
+            raise ValueError("unconstrained: part search only")
+        params, run = jax.device_put(problem.params), jax.jit(self._search)
+        self._run = lambda number: run(params, problem.queries(number))
+
+    def _search(self, params: Any, encoder_tokens: Any) -> Any:
+        import jax
+        import jax.numpy as jnp
+
+        from genret_jax.modeling.network import T5, empty_cache
+
+        model, length, beam = self.problem.model, self.problem.length, self.beam
+        batch, variables = encoder_tokens.shape[0], {"params": params}
+        cross = model.network.apply(variables, encoder_tokens, method=T5.start)
+
+        def grow(state: Any) -> Any:
+            tokens, scores, position, cache = state
+            last = jnp.where(position > 0, tokens[:, :, jnp.maximum(position - 1, 0)], 0)
+            states, cache = model.network.apply(
+                variables, model.docids.to_model(last), position, cache, cross, method=T5.step
+            )
+            log_p = jax.nn.log_softmax(model.docid_logits(params, states))
+            total = (scores[..., None] + log_p).reshape(batch, -1)
+            scores, chosen = jax.lax.top_k(total, beam)
+            parent, token = chosen // log_p.shape[-1], chosen % log_p.shape[-1]
+            tokens, cache = jax.tree.map(
+                lambda leaf: jax.vmap(lambda rows, i: rows[i])(leaf, parent), (tokens, cache)
+            )
+            return tokens.at[:, :, position].set(token), scores, position + 1, cache
+
+        state = (
+            jnp.zeros((batch, 1, length), jnp.int32),
+            jnp.zeros((batch, 1)),
+            jnp.zeros((), jnp.int32),
+            empty_cache(model.config, batch, 1, length),
+        )
+        state = jax.lax.while_loop(lambda s: s[2] < length, grow, grow(state))
+        return state[:2]
+
+    def run(self, number: int) -> Any:
+        import jax
+
+        return jax.block_until_ready(self._run(number))
+
+    def found(self, number: int) -> Found:
+        tokens, scores = self.run(number)
+        return Found(np.asarray(tokens), np.asarray(scores))
+
+
+class HuggingFace:
+    """transformers' `generate(prefix_allowed_tokens_fn=...)` with a trie of Python dictionaries.
+
+    The same weights. It computes all logits, as it always does; a bias of minus infinity on the
+    text pieces makes it normalise over docid tokens and EOS, as ours does.
+    """
+
+    def __init__(self, problem: Problem, beam: int, part: str):
+        import torch
+        from transformers import T5Config, T5ForConditionalGeneration
+
+        if part != "search":
+            raise ValueError("hf: part search only")
+        if problem.kind == "variable":
+            raise ValueError("hf: a finished hypothesis leaves its beam; identifiers of one length")
+        self.problem, self.beam = problem, beam
+        c = problem.config
+        config = T5Config(
+            vocab_size=c.vocab_size,
+            d_model=c.embed_dim,
+            d_kv=c.head_dim,
+            d_ff=c.mlp_dim,
+            num_layers=c.num_encoder_layers,
+            num_decoder_layers=c.num_decoder_layers,
+            num_heads=c.num_heads,
+            feed_forward_proj="gated-gelu",
+            tie_word_embeddings=False,
+            decoder_start_token_id=0,
+            pad_token_id=0,
+            eos_token_id=1,
+        )
+        self.model = T5ForConditionalGeneration(config).eval()
+        head = torch.nn.Linear(c.embed_dim, c.vocab_size, bias=True)
+        self.model.lm_head = head
+        state = torch_state(problem.params, c.num_encoder_layers, c.num_decoder_layers)
+        bias = np.full(c.vocab_size, -np.inf, np.float32)
+        bias[1] = bias[TEXT : TEXT + problem.vocab - 2] = 0
+        state["lm_head.bias"] = bias
+        missing, unexpected = self.model.load_state_dict(
+            {name: torch.from_numpy(np.array(value)) for name, value in state.items()}, strict=False
+        )
+        if unexpected or any("embed_tokens" not in name for name in missing):
+            raise ValueError(f"hf: weights do not fit: {missing}, {unexpected}")
+        self.model.encoder.embed_tokens.weight = self.model.shared.weight
+        self.model.decoder.embed_tokens.weight = self.model.shared.weight
+        began = time.process_time()
+        self.trie: dict[int, Any] = {}
+        for row in problem.docids.to_model(problem.tokens).tolist():
+            node = self.trie
+            for token in row:
+                node = node.setdefault(token, {})
+        built = time.process_time() - began
+        self.about = {"build_s": built, "bytes": _size(self.trie), "normaliser": "the same"}
+
+    def _allowed(self, batch: int, tokens: Any) -> list[int]:
+        node = self.trie
+        for token in tokens.tolist()[1:]:
+            node = node.get(token, {})
+        return list(node) or [1]
+
+    def run(self, number: int) -> Any:
+        import torch
+
+        with torch.inference_mode():
+            return self.model.generate(
+                torch.from_numpy(self.problem.queries(number)).long(),
+                num_beams=self.beam,
+                num_return_sequences=self.beam,
+                max_new_tokens=self.problem.length,
+                length_penalty=0.0,
+                do_sample=False,
+                prefix_allowed_tokens_fn=self._allowed,
+                return_dict_in_generate=True,
+                output_scores=False,
+            )
+
+    def found(self, number: int) -> Found:
+        result = self.run(number)
+        shape = (self.problem.batch, self.beam, -1)
+        tokens = result.sequences.numpy()[:, 1:].reshape(shape)
+        scores = result.sequences_scores
+        return Found(
+            self.problem.docids.to_local(tokens),
+            None if scores is None else scores.numpy().reshape(shape[:2]),
+        )
+
+
+def torch_state(params: Any, encoder_layers: int, decoder_layers: int) -> dict[str, np.ndarray]:
+    """Our parameters under the names and shapes of transformers' T5."""
+    state = {
+        "shared.weight": params["token_embedder"]["embedding"],
+        "lm_head.weight": params["decoder"]["logits_dense"]["kernel"].T,
+    }
+
+    def attention(ours: Any, theirs: str) -> None:
+        for name in ("query", "key", "value", "out"):
+            state[f"{theirs}.{name[0]}.weight"] = ours[name]["kernel"].T
+
+    for side, layers in (("encoder", encoder_layers), ("decoder", decoder_layers)):
+        bias = params[side]["relpos_bias"]["rel_embedding"].T
+        state[f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"] = bias
+        state[f"{side}.final_layer_norm.weight"] = params[side][f"{side}_norm"]["scale"]
+        for number in range(layers):
+            ours, theirs = params[side][f"layers_{number}"], f"{side}.block.{number}.layer"
+            parts = [("attention", "pre_attention_layer_norm", "SelfAttention")]
+            if side == "decoder":
+                parts = [
+                    ("self_attention", "pre_self_attention_layer_norm", "SelfAttention"),
+                    (
+                        "encoder_decoder_attention",
+                        "pre_cross_attention_layer_norm",
+                        "EncDecAttention",
+                    ),
+                ]
+            for place, (name, norm, their_name) in enumerate(parts):
+                attention(ours[name], f"{theirs}.{place}.{their_name}")
+                state[f"{theirs}.{place}.layer_norm.weight"] = ours[norm]["scale"]
+            last = f"{theirs}.{len(parts)}"
+            state[f"{last}.layer_norm.weight"] = ours["pre_mlp_layer_norm"]["scale"]
+            for name in ("wi_0", "wi_1", "wo"):
+                state[f"{last}.DenseReluDense.{name}.weight"] = ours["mlp"][name]["kernel"].T
+    return state
+
+
+def _size(node: dict[int, Any]) -> int:
+    """Bytes of the dictionaries of a trie; the numbers in them are not counted."""
+    total, todo = 0, [node]
+    while todo:
+        one = todo.pop()
+        total += sys.getsizeof(one)
+        todo.extend(one.values())
+    return total
+
+
+class Static:
+    """STATIC's search with its own step; part "step" only, since its harness has no network."""
+
+    def __init__(self, problem: Problem, beam: int, part: str):
+        import jax
+        from static_decoding.csr_utils import build_static_index
+        from static_decoding.decoding_jax import sparse_transition_jax
+
+        if part != "step":
+            raise ValueError("static: part step only")
+        if problem.kind == "variable":
+            raise ValueError("static: identifiers of one length only")
+        self.problem, self.beam = problem, beam
+        tokens = problem.tokens
+        began = time.process_time()
+        packed, offsets, widths, start, mask, states = build_static_index(tokens, problem.vocab)
+        built = time.process_time() - began
+        arrays = [jax.device_put(a) for a in (packed, offsets, start, mask, states)]
+        self.about = {
+            "build_s": built,
+            "bytes": sum(a.nbytes for a in arrays),
+            "normaliser": "docid tokens and EOS",
+        }
+        logits = jax.device_put(lookup(problem))
+        batch = problem.batch
+
+        @jax.jit
+        def search(logits: Any, number: Any, packed, offsets, start, mask, states) -> Any:
+            def model(inputs: Any, key: Any) -> Any:
+                first = inputs.shape[0] == batch and key is number
+                tokens = _start(inputs, 0 if first else 1, number)
+                return logits[tokens], key + 1
+
+            return sparse_transition_jax.__wrapped__(
+                model=model,
+                key=number,
+                batch_size=batch,
+                beam_size=beam,
+                tokens_per_beam=min(beam, problem.vocab),
+                start_token=0,
+                max_sample_len=tokens.shape[1],
+                vocab_size=problem.vocab,
+                max_branch_factors=tuple(int(w) for w in widths),
+                packed_csr=packed,
+                csr_indptr=offsets,
+                start_mask=start,
+                dense_mask=mask,
+                dense_states=states,
+            )
+
+        self._run = lambda number: search(logits, np.int32(number), *arrays)
+
+    def run(self, number: int) -> Any:
+        import jax
+
+        return jax.block_until_ready(self._run(number))
+
+    def found(self, number: int) -> Found:
+        return Found(np.asarray(self.run(number)), None)
+
+
+PEERS: dict[str, Any] = {
+    "ours": Ours,
+    "unconstrained": Unconstrained,
+    "hf": HuggingFace,
+    "static": Static,
+}
+_NEEDS = {"hf": ("torch", "transformers"), "static": ("static_decoding",)}
+
+
+def missing(peer: str) -> list[str]:
+    """Packages that a peer needs and that are not there."""
+    return [name for name in _NEEDS.get(peer, ()) if importlib.util.find_spec(name) is None]

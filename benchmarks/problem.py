@@ -1,0 +1,148 @@
+"""The problems that the benchmarks solve: sets of identifiers, a network, queries.
+
+Everything follows from numbers given on the command line, so that two processes have the same
+weights without sending them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import numpy as np
+
+from genret_jax.docids.table import EOS_ID, FIRST_ID, DocidTable
+from genret_jax.modeling.model import RetrievalModel
+from genret_jax.modeling.network import T5Config
+from genret_jax.vocabularies import DocidSpace
+
+TEXT = 32_100  # pieces of T5's vocabulary; docid tokens stand behind them
+SHAPES = {
+    "small": {"num_encoder_layers": 8, "num_decoder_layers": 8},
+    "base": {
+        "embed_dim": 768,
+        "num_heads": 12,
+        "mlp_dim": 2048,
+        "num_encoder_layers": 12,
+        "num_decoder_layers": 12,
+    },
+    "tiny": {
+        "embed_dim": 64,
+        "num_heads": 2,
+        "head_dim": 32,
+        "mlp_dim": 128,
+        "num_encoder_layers": 1,
+        "num_decoder_layers": 1,
+    },
+}
+SETS = ("random", "skewed", "variable")
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """What is searched, by what.
+
+    Attributes:
+      ids: how many identifiers are drawn; equal ones count once.
+      kind: "random": every token is as likely; "skewed": a token's probability falls with its
+        number as 1 / number (Zipf), so that few nodes have most children; "variable": random,
+        of length 2 to `length`, ended by EOS.
+      length: tokens of an identifier, without EOS.
+      vocab: docid tokens and the two reserved ids.
+      shape: of the network: T5 1.1's small or base, or tiny for a trial.
+      batch: queries at a time.
+      query_length: encoder tokens of a query.
+      seed: of everything.
+    """
+
+    ids: int
+    kind: str = "random"
+    length: int = 8
+    vocab: int = 2048
+    shape: str = "small"
+    batch: int = 1
+    query_length: int = 32
+    seed: int = 0
+
+    @functools.cached_property
+    def tokens(self) -> np.ndarray:
+        """int32[ids, length], distinct and sorted; 0-padded where lengths vary."""
+        rng = np.random.default_rng(self.seed)
+        shape = (self.ids, self.length + (self.kind == "variable"))
+        if self.kind == "skewed":
+            weights = 1.0 / np.arange(1, self.vocab - FIRST_ID + 1)
+            bounds = np.cumsum(weights / weights.sum())
+            tokens = FIRST_ID + np.searchsorted(bounds[:-1], rng.random(shape, np.float32))
+        else:
+            tokens = rng.integers(FIRST_ID, self.vocab, shape)
+        tokens = tokens.astype(np.int32)
+        if self.kind == "variable":
+            ends = rng.integers(2, self.length + 1, (self.ids, 1))
+            place = np.arange(shape[1])
+            tokens = np.where(place < ends, tokens, np.where(place == ends, EOS_ID, 0))
+        order = np.lexsort(tokens.T[::-1]) if self.ids <= 10**6 else _order(tokens, self.vocab)
+        tokens = tokens[order].astype(np.int32)
+        new = np.append(True, (tokens[1:] != tokens[:-1]).any(axis=1))
+        return tokens[new]
+
+    @functools.cached_property
+    def table(self) -> DocidTable:
+        tokens = self.tokens
+        return DocidTable(
+            tokens=tokens,
+            lengths=(tokens > 0).sum(1).astype(np.int32),
+            documents=np.arange(len(tokens), dtype=np.int32),
+            labels=("<pad>", "</s>", *(f"t{i}" for i in range(FIRST_ID, self.vocab))),
+            kind="benchmark",
+            settings={},
+        )
+
+    @property
+    def config(self) -> T5Config:
+        size = -(-(TEXT + self.vocab) // 128) * 128
+        return T5Config(vocab_size=size, **SHAPES[self.shape])
+
+    @property
+    def docids(self) -> DocidSpace:
+        return DocidSpace(start=TEXT, size=self.vocab)
+
+    @property
+    def model(self) -> RetrievalModel:
+        return RetrievalModel(self.config, self.docids)
+
+    @functools.cached_property
+    def params(self) -> Any:
+        """float32 numpy arrays: scales of one, and normal weights that keep activations even.
+
+        The docid columns of the output matrix are three times as large as that: the scores of a
+        trained network differ more than those of a random one, and a beam then has a winner.
+        """
+        import jax
+
+        shapes, _ = jax.eval_shape(self.model.init, jax.random.key(0))
+        rng = np.random.default_rng(self.seed + 1)
+
+        def make(path: Any, leaf: Any) -> np.ndarray:
+            if path[-1].key == "scale":
+                return np.ones(leaf.shape, np.float32)
+            scale = 1.0 if path[-1].key == "embedding" else leaf.shape[0] ** -0.5
+            if any("query" in str(key) for key in path):
+                scale /= self.config.head_dim**0.5
+            if any("logits_dense" in str(key) for key in path):
+                scale *= 3.0
+            return rng.normal(scale=scale, size=leaf.shape).astype(np.float32)
+
+        return jax.tree_util.tree_map_with_path(make, shapes)
+
+    def queries(self, number: int) -> np.ndarray:
+        """int32[batch, query_length]: batch `number` of queries, full to the last token."""
+        rng = np.random.default_rng((self.seed, number))
+        return rng.integers(3, TEXT, (self.batch, self.query_length)).astype(np.int32)
+
+
+def _order(tokens: np.ndarray, vocab: int) -> np.ndarray:
+    from genret_jax.trie import lexicographic_order
+
+    order = lexicographic_order(tokens.astype(np.uint16), vocab)
+    return np.arange(len(tokens)) if order is None else order

@@ -1,0 +1,59 @@
+"""What the benchmarks compare is comparable: their problems, and the check before any timing."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+
+from decoding import TOLERANCE, disagreement  # noqa: E402
+from problem import Problem  # noqa: E402
+
+from genret_jax.trie import build_trie  # noqa: E402
+
+OURS = {
+    "tokens": [[[2, 3], [2, 4], [5, 6], [0, 0]]],
+    "scores": [[-1.0, -2.0, -3.0, -np.inf]],
+}
+
+
+def theirs(**changes):
+    found = {**copy.deepcopy(OURS), **changes}
+    found["scores"] = [[-1.0, -2.0, -3.0, -1e9]]
+    return {**found, **{k: v for k, v in changes.items() if k == "scores"}}
+
+
+def test_equal_results_agree_in_any_order():
+    assert disagreement(OURS, theirs()) is None
+    turned = {"tokens": [OURS["tokens"][0][::-1]], "scores": [[-1e9, -3.0, -2.0, -1.0]]}
+    assert disagreement(OURS, turned) is None
+    assert disagreement(OURS, {**turned, "scores": None}) is None
+
+
+def test_a_lost_identifier_and_another_score_are_found_out():
+    lost = theirs(tokens=[[[2, 3], [9, 9], [5, 6], [0, 0]]])
+    assert "1 of 3 identifiers are not found" in str(disagreement(OURS, lost))
+    last = theirs(tokens=[[[2, 3], [2, 4], [9, 9], [0, 0]]])
+    assert disagreement(OURS, last) is None, "the last one may be a tie at the cut"
+    off = theirs(scores=[[-1.0, -2.0 - 2 * TOLERANCE, -3.0, -1e9]])
+    assert "scores differ by 0.004" in str(disagreement(OURS, off))
+
+
+@pytest.mark.parametrize("kind", ["random", "skewed", "variable"])
+def test_problems_are_sorted_distinct_and_the_same_each_time(kind):
+    problem = Problem(ids=500, kind=kind, vocab=20, length=4)
+    tokens = problem.tokens
+    assert tokens.tolist() == sorted(map(list, {tuple(row) for row in tokens.tolist()}))
+    np.testing.assert_array_equal(tokens, Problem(ids=500, kind=kind, vocab=20, length=4).tokens)
+    trie = build_trie(problem.table)
+    np.testing.assert_array_equal(trie.rows, tokens)
+    first = np.bincount(tokens[:, 0], minlength=20)[2:]
+    assert (first.max() > 4 * np.median(first)) == (kind == "skewed")
+    assert ((tokens == 1).any(1).all() and len({(r > 0).sum() for r in tokens}) == 3) == (
+        kind == "variable"
+    )
