@@ -15,7 +15,7 @@ quickstart: $(INSTALLED)  ## trains a small retriever, evaluates it, and searche
 	$(VENV)/bin/genret quickstart
 
 test: lint  ## style, types, then all tests
-	$(RUN) pytest -q
+	$(RUN) pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 test-t5x: $(INSTALLED)  ## what needs T5X; says so where it is not installed
 	$(RUN) pytest -q -m t5x -rs

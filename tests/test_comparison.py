@@ -233,7 +233,7 @@ def test_lexical_methods_are_fitted_searched_and_evaluated(collection, tmp_path,
     assert isinstance(retriever, FittedSearcher)
     for document in tiny_corpus().documents:
         assert retriever.documents.find(document.id) == document
-    with pytest.raises(KeyError):
+    with pytest.raises(UserError, match="no document has the id 'nobody'"):
         retriever.documents.find("nobody")
     for arguments, message in (
         (["search", str(out), "bread", "--beam", "5"], "--beam is for methods that generate"),
