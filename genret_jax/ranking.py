@@ -24,11 +24,11 @@ from genret_jax.vocabularies import Vocabulary
 # Batches are filled up to one of these, so that a handful of programs serves every call.
 BATCH_SIZES = (1, 8, 64)
 
-# Positions of documents and the vector of a query -> similarities with the texts, and with the
-# train queries; see `DocumentVectors.similarities`.
+# For each query, positions of documents and its vector -> similarities with the texts, and with the
+# train queries; see `DocumentVectors.of_several`.
 Similarities = Callable[
-    [Int[np.ndarray, " n"], Float32[np.ndarray, " embed"]],
-    tuple[Float32[np.ndarray, " n"], Float32[np.ndarray, " n"]],
+    [Sequence[Int[np.ndarray, " n"]], Sequence[Float32[np.ndarray, " embed"]]],
+    list[tuple[Float32[np.ndarray, " n"], Float32[np.ndarray, " n"]]],
 ]
 
 
@@ -104,7 +104,7 @@ class Ranker:
         """
         found = self.candidates(params, queries, beam=beam, allowed=allowed)
         if similarities is not None:
-            found = [with_similarity(one, similarities) for one in found]
+            found = with_similarities(found, similarities)
         return [self._ranked(one, k, scoring) for one in found]
 
     def candidates(
@@ -183,7 +183,10 @@ class Ranker:
         ]
 
 
-def with_similarity(found: Candidates, similarities: Similarities) -> Candidates:
-    """The candidates with the similarities of the query and their views."""
-    text, asked = similarities(found.positions, found.query)
-    return dataclasses.replace(found, text=text, asked=asked)
+def with_similarities(found: Sequence[Candidates], similarities: Similarities) -> list[Candidates]:
+    """The candidates of several queries with the similarities of each query and their views."""
+    parts = similarities([one.positions for one in found], [one.query for one in found])
+    return [
+        dataclasses.replace(one, text=text, asked=asked)
+        for one, (text, asked) in zip(found, parts, strict=True)
+    ]

@@ -215,7 +215,7 @@ class Retriever:
         # A query without words has no answer, as with BM25; the others are asked together.
         asked = [query for query in queries if query.strip()]
         beam = min(max(beam, k), len(self.index.trie.rows))
-        similarities = self.vectors.similarities if self.vectors else None
+        similarities = self.vectors.of_several if self.vectors else None
         found = self.ranker.rank(
             self.params,
             asked,

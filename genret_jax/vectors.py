@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Sequence
 from pathlib import Path
 
 import ml_dtypes
@@ -12,6 +14,8 @@ from jaxtyping import Float32, Int
 from genret_jax.errors import UserError
 
 STORES = ("float32", "bfloat16", "int8")
+_MOST_AT_ONCE = 1 << 27  # numbers, in float32 half a GB
+_QUERIES_AT_ONCE = 64
 _FILE, _SCALES, _BOUNDS = "vectors.npy", "vectors.scales.npy", "vectors.bounds.npy"
 
 
@@ -114,6 +118,44 @@ class DocumentVectors:
         text = np.maximum.reduceat(np.where(is_piece, scores, -np.inf), first)
         asked = np.maximum.reduceat(np.where(is_piece, -np.inf, scores), first)
         return text, np.where(counts > pieces, asked, text)
+
+    def of_several(
+        self,
+        positions: Sequence[Int[np.ndarray, " n"]],
+        queries: Sequence[Float32[np.ndarray, " embed"]],
+    ) -> list[tuple[Float32[np.ndarray, " n"], Float32[np.ndarray, " n"]]]:
+        """`similarities` of several queries, each with its documents.
+
+        Where all vectors fit into memory, one matrix product with all of them takes less time than
+        gathering those of a beam's documents for every query.
+        """
+        if self.values.size > _MOST_AT_ONCE:
+            return [self.similarities(p, q) for p, q in zip(positions, queries, strict=True)]
+        found = []
+        for start in range(0, len(queries), _QUERIES_AT_ONCE):
+            part = np.stack(queries[start : start + _QUERIES_AT_ONCE])
+            text, asked = self._nearest_views(part)
+            for i, chosen in enumerate(positions[start : start + _QUERIES_AT_ONCE]):
+                found.append((text[i, chosen], asked[i, chosen]))
+        return found
+
+    def _nearest_views(
+        self, queries: Float32[np.ndarray, "queries embed"]
+    ) -> tuple[Float32[np.ndarray, "queries documents"], Float32[np.ndarray, "queries documents"]]:
+        """Both parts of `similarities`, for all documents."""
+        begin, middle, end = self.bounds[:-1, 0], self.bounds[:-1, 1], self.bounds[1:, 0]
+        if (middle == begin).any():
+            raise ValueError("a document without a piece of text has no similarity")
+        scores = queries @ self._in_memory.T
+        # One column more, so that the last document may end where its pieces end.
+        scores = np.pad(scores, ((0, 0), (0, 1)), constant_values=-np.inf)
+        best = np.maximum.reduceat(scores, self.bounds[:-1].reshape(-1), axis=1)
+        text, asked = best[:, 0::2], best[:, 1::2]
+        return text, np.where(end > middle, asked, text)
+
+    @functools.cached_property
+    def _in_memory(self) -> Float32[np.ndarray, "views embed"]:
+        return self.rows(np.arange(len(self.values)))
 
     def rows(self, rows: Int[np.ndarray, " n"]) -> Float32[np.ndarray, "n embed"]:
         """The vectors of some views, as float32."""

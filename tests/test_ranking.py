@@ -7,7 +7,7 @@ import pytest
 
 from genret_jax.docids.table import DocidTable
 from genret_jax.documents import descending
-from genret_jax.ranking import Ranker, with_similarity
+from genret_jax.ranking import Ranker, with_similarities
 from genret_jax.scoring import Fusion
 from genret_jax.trie import build_trie
 
@@ -109,9 +109,9 @@ VECTORS = np.array([[0.1, 0.9], [0.5, 0.0], [0.8, 0.2], [-0.4, 0.0]], np.float32
 )
 def test_each_scoring_orders_by_its_own_number(scoring, order):
     ranker = _ranker([0, 1, 2, 3], fusion=Fusion(alpha=0.0, weight=4.0))
-    found = with_similarity(
-        _reached(ranker, range(4), [-1.0, -1.5, -3.0, -4.0]),
-        lambda positions, query: (VECTORS[positions] @ query,) * 2,
+    (found,) = with_similarities(
+        [_reached(ranker, range(4), [-1.0, -1.5, -3.0, -4.0])],
+        lambda positions, queries: [(VECTORS[positions[0]] @ queries[0],) * 2],
     )
     ranked = ranker._ranked(found, 4, scoring)
     assert "".join(str(r.position) for r in ranked) == order
@@ -123,9 +123,9 @@ def test_each_scoring_orders_by_its_own_number(scoring, order):
 
 def test_similarities_tie_by_id_too():
     ranker = _ranker([0, 1, 2, 3])
-    found = with_similarity(
-        _reached(ranker, range(4), [-1.0, -2.0, -3.0, -4.0]),
-        lambda positions, query: (np.ones(len(positions), np.float32),) * 2,
+    (found,) = with_similarities(
+        [_reached(ranker, range(4), [-1.0, -2.0, -3.0, -4.0])],
+        lambda positions, queries: [(np.ones(len(positions[0]), np.float32),) * 2],
     )
     assert [r.position for r in ranker._ranked(found, 2, "semantic")] == [3, 2]
 

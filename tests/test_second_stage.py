@@ -407,7 +407,7 @@ def test_kinds_of_docids_and_vectors(docids, more, tmp_path):
         [QUERY],
         k=8,
         beam=8,
-        similarities=second.vectors.similarities,
+        similarities=second.vectors.of_several,
         scoring="fused",
     )
     assert len(hits) == 8 and np.isfinite([hit.fused for hit in hits]).all()

@@ -127,11 +127,32 @@ def test_similarities_are_those_of_the_nearest_view(store, positions, vectors):
         assert asked[i] == pytest.approx(max(queries or pieces), abs=1e-5)
 
 
+@pytest.mark.parametrize("most", [0, 1 << 20])
+@pytest.mark.parametrize("store", STORES)
+def test_several_queries_at_once_are_as_each_by_itself(store, most, vectors, monkeypatch):
+    monkeypatch.setattr("genret_jax.vectors._MOST_AT_ONCE", most)
+    monkeypatch.setattr("genret_jax.vectors._QUERIES_AT_ONCE", 2)
+    # The last document has no train query, and one between has none.
+    for bounds in (BOUNDS, np.array([[0, 2], [3, 5], [5, 7], [7, 7]])):
+        found = DocumentVectors.of(vectors, bounds, store=store)
+        positions = [np.array(p, np.int32) for p in ([2, 0], [], [1], [0, 1, 2])]
+        queries = [vectors[i] - 0.2 * vectors[i + 1] for i in range(4)]
+        for (text, asked), one, query in zip(
+            found.of_several(positions, queries), positions, queries, strict=True
+        ):
+            alone = found.similarities(one, query)
+            np.testing.assert_allclose(text, alone[0], atol=1e-5)
+            np.testing.assert_allclose(asked, alone[1], atol=1e-5)
+    assert found.of_several([], []) == []
+
+
 def test_a_document_without_a_piece_is_an_error(vectors):
     found = DocumentVectors.of(vectors, np.array([[0, 3], [3, 3], [7, 7]]), store="float32")
     assert found.similarities(np.array([0]), vectors[0])[0].shape == (1,)
     with pytest.raises(ValueError, match="without a piece"):
         found.similarities(np.array([0, 1]), vectors[0])
+    with pytest.raises(ValueError, match="without a piece"):
+        found.of_several([np.array([0])], [vectors[0]])
 
 
 @pytest.mark.parametrize("store", STORES)

@@ -38,7 +38,7 @@ from genret_jax.negatives import (
     mine,
     prefix_negatives,
 )
-from genret_jax.ranking import Ranker, with_similarity
+from genret_jax.ranking import Ranker, with_similarities
 from genret_jax.recipe import ContrastiveConfig
 from genret_jax.scoring import SCORINGS, Candidates, Fusion, fit_fusion, run_of_candidates
 from genret_jax.stages.common import DEV_BEAM, Materials
@@ -389,7 +389,8 @@ def _dev_evaluation(materials: Materials, encoder: DocumentEncoder) -> Any:
     def run(params: Params) -> dict[str, float]:
         reached = _dev_candidates(materials, params, ranker, DEV_BEAM)
         vectors = encoder.few(params, np.concatenate([c.positions for c in reached.values()]))
-        found = {q: with_similarity(c, vectors.similarities) for q, c in reached.items()}
+        near = with_similarities(list(reached.values()), vectors.of_several)
+        found = dict(zip(reached, near, strict=True))
         fusion, _ = fit_fusion(
             found,
             split.dev_qrels,
@@ -428,8 +429,9 @@ def _fit_fusion(
         log.warning("no dev queries: the similarity gets the weight it had in training")
         return Fusion(0.0, 1.0 / _temperature(materials, params), 0.5), {}
     reached = _dev_candidates(materials, jax.device_put(params), materials.ranker(), _FUSION_BEAM)
+    near = with_similarities(list(reached.values()), vectors.of_several)
     return fit_fusion(
-        {query: with_similarity(c, vectors.similarities) for query, c in reached.items()},
+        dict(zip(reached, near, strict=True)),
         materials.split.dev_qrels,
         materials.document_ids,
         temperature=_temperature(materials, params),
