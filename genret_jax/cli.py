@@ -185,6 +185,11 @@ def evaluate(arguments: argparse.Namespace) -> None:
     retriever = open_searcher(arguments.run_folder)
     options = _ranking_options(retriever, arguments)
     corpus = _corpus_of(retriever, arguments.corpus)
+    if retriever.name in arguments.baseline:
+        raise UserError(
+            f"{arguments.run_folder} is of method {retriever.name} itself; leave out --baseline "
+            f"{retriever.name}"
+        )
     searchers: dict[str, Any] = {name: baseline(name, corpus) for name in arguments.baseline}
     searchers = {retriever.name: Asked(retriever, **options), **searchers}
     comparison = compare_searchers(searchers, corpus, split=arguments.split)
@@ -584,8 +589,9 @@ def _add_ablate_options(command: argparse.ArgumentParser) -> None:
         "--variants",
         type=_names,
         metavar="A,B",
-        help="of generation-only, semantic-only, stage-1-only, without-prefix-loss, "
-        "without-retrieval-loss (default all); dogr itself is always there",
+        help="of generation-only, semantic-only, stage-1-only, stage-1-all-the-time, "
+        "without-prefix-loss, without-retrieval-loss, one-view, no-query-views (default all); "
+        "dogr itself is always there",
     )
     command.add_argument(
         "--docids",

@@ -219,6 +219,10 @@ def fit(corpus: Corpus, folder: Path, work: Any) -> dict[str, Any]:
                 f"method {work.recipe.method} has no docids and one loss: {name} is {found!r}, "
                 f"but must be {wanted!r}; leave it as it is"
             )
+    if work.recipe.train.init:
+        raise UserError(
+            f"method {work.recipe.method} does not begin with a pretrained T5 yet; leave out --init"
+        )
     materials = dense_materials(corpus, work.split, work.recipe, work.run / "index")
     made = train_dense(materials, work.run / "training", work.clock)
     curves = work.run / "training" / "curves.png"

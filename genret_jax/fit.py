@@ -26,7 +26,7 @@ import jax
 from genret_jax.corpus import Corpus, read_corpus
 from genret_jax.errors import UserError
 from genret_jax.files import replace_on_success
-from genret_jax.indexing import Index, build_index, documents_digest
+from genret_jax.indexing import Index, build_index, documents_digest, vocabulary_identity
 from genret_jax.modeling.model import Params
 from genret_jax.pseudo_queries import read_pseudo_queries
 from genret_jax.recipe import Recipe
@@ -38,7 +38,7 @@ from genret_jax.stages.margin import train_margin
 from genret_jax.stages.second import SecondStage, take_ranking, train_ranking
 from genret_jax.t5x import checkpoint
 from genret_jax.training import processes
-from genret_jax.training.budget import Clock
+from genret_jax.training.budget import Clock, check_minutes
 from genret_jax.training.profiling import Measuring
 from genret_jax.training.trainer import TrainResult
 
@@ -104,6 +104,7 @@ def fit(
     last = stage or (2 if recipe.contrastive.wanted else 1)
     there = _stage_of(out)
     if there >= last:
+        _check_origin(out, from_t5x)
         log.info("%s: already fitted", out)
         return Retriever.load(out)
     if stage == 2 and there < 1 and not begun:
@@ -127,7 +128,7 @@ def fit(
     if last == 2:
         if minutes:
             clock.seconds = minutes * 60
-        if stage == 2 and not begun:  # the budget is this stage's alone
+        if stage == 2 and not stage_one:  # the budget is this stage's alone
             clock.resume(0.0)
         if clock.seconds and processes.broadcast(clock.elapsed) > clock.seconds - clock.reserve:
             raise UserError(
@@ -141,6 +142,8 @@ def fit(
             second = train_second(materials, first.params, out / "ranking", clock)
     about = _about(materials, corpus, path, first, second)
     about["training"]["seconds"] = round(clock.elapsed, 1)
+    if from_t5x:
+        about["training"]["t5x"] = str(checkpoint.latest(from_t5x))
 
     def write() -> None:
         write_retriever(
@@ -159,17 +162,24 @@ def fit(
     return Retriever.load(find_retriever(out))
 
 
+def _check_origin(out: Path, from_t5x: str | Path | None) -> None:
+    """UserError where the retriever that is there is not of this checkpoint of T5X."""
+    if not from_t5x:
+        return
+    about = json.loads((out / "retriever" / "retriever.json").read_text(encoding="utf-8"))
+    found, wanted = about["training"].get("t5x"), str(checkpoint.latest(from_t5x))
+    if found != wanted:
+        raise UserError(
+            f"{out}: holds a retriever of {found or 'a training of its own'}, not of {wanted}; "
+            f"delete {out / 'retriever'} (and take stage 1 again), or choose another --out"
+        )
+
+
 def _of_t5x(materials: Materials, folder: str | Path) -> tuple[Params, int]:
     """Parameters of a checkpoint of T5X, and its step."""
     found = checkpoint.latest(folder)
     like, _ = jax.eval_shape(lambda rng: (materials.model.init(rng)[0], 0), jax.random.key(0))
     return checkpoint.load_params(found, like), checkpoint.step_of(found)
-
-
-def check_minutes(minutes: float | None) -> None:
-    """UserError unless it is a time budget, or none."""
-    if minutes is not None and not 0 < minutes < float("inf"):
-        raise UserError(f"minutes must be a number above 0, found {minutes}")
 
 
 def _check(
@@ -278,7 +288,9 @@ def _stage_one(
 
 
 def _identity(recipe: dict[str, Any], corpus: Corpus, split: Split, *more: str) -> str:
+    recipe = {**recipe, "vocabulary": vocabulary_identity(recipe["vocabulary"])}
     content = [recipe, documents_digest(corpus.documents), split.pairs, split.dev_qrels, *more]
+    content += [split.dev_queries]
     content += [list(split.pseudo)] if split.pseudo else []
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

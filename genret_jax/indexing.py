@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +183,14 @@ def documents_digest(documents: Sequence[Document]) -> str:
     return digest.hexdigest()
 
 
+def vocabulary_identity(vocabulary: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a VocabularyConfig with the digest of a given model in place of its path."""
+    path = vocabulary["model"]
+    if not path or not Path(path).is_file():
+        return dict(vocabulary)
+    return {**vocabulary, "model": hashlib.sha256(Path(path).read_bytes()).hexdigest()}
+
+
 def _fingerprint(
     documents: Sequence[Document],
     pairs: Sequence[tuple[str, int]],
@@ -190,7 +198,8 @@ def _fingerprint(
     vocabulary: VocabularyConfig,
     seed: int,
 ) -> str:
-    settings = [docids and dataclasses.asdict(docids), dataclasses.asdict(vocabulary), seed]
+    named = vocabulary_identity(dataclasses.asdict(vocabulary))
+    settings = [docids and dataclasses.asdict(docids), named, seed]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     digest.update(documents_digest(documents).encode())
     for query, position in pairs:

@@ -269,11 +269,13 @@ class GenerationConfig:
 class GeneratorRecipe:
     """Everything that decides what a generator of queries is, besides its corpus.
 
+    Of `data`, only what decides which train queries are held out as dev is looked at: give `fit`'s.
     `train.start` and `train.metric` are a retriever's and not looked at.
     """
 
     network: NetworkConfig
     vocabulary: VocabularyConfig
+    data: DataConfig
     loss: LossConfig
     train: TrainConfig
     generation: GenerationConfig
@@ -356,16 +358,13 @@ def configured(method: str = "gin") -> Recipe:
       UserError: for a value of the wrong type or range.
     """
     parts = _parts(Recipe)
-    init = parts["train"].init
-    if not init:
-        return Recipe(method=method, **parts)
-    checkpoint = open_checkpoint(init)
-    for name, value in decided(checkpoint).items():
-        part, field = name.split(".")
-        key = next(key for key, kind in _PARTS.items() if kind.__name__ == part)
-        parts[key] = dataclasses.replace(parts[key], **{field: value})
-    parts["train"] = dataclasses.replace(parts["train"], start="pretrained")
-    return Recipe(method=method, checkpoint=checkpoint.digest, **parts)
+    if init := parts["train"].init:
+        raise UserError(
+            f"TrainConfig.init is {init!r}, and T5X does not begin with it; train a step of "
+            "`genret fit --init` with --stage 1, and begin with that retriever "
+            "(start.from_retriever)"
+        )
+    return Recipe(method=method, **parts)
 
 
 def _parts(recipe: type) -> dict[str, Any]:

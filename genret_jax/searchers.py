@@ -37,7 +37,7 @@ from genret_jax.recipe import Recipe
 from genret_jax.retriever import Retriever, find_retriever
 from genret_jax.splitting import Split, split_corpus
 from genret_jax.training import processes
-from genret_jax.training.budget import Clock
+from genret_jax.training.budget import Clock, check_minutes
 
 _RESERVE_SECONDS = 5.0  # for writing the folder
 
@@ -132,7 +132,7 @@ def fit_method(
       UserError: for a mistake in the corpus or the recipe, or a folder of another run.
       Interrupted: after SIGTERM or Ctrl-C, once a checkpoint is written.
     """
-    from genret_jax.fit import check_minutes, claim, fit, read_given  # brings SeqIO
+    from genret_jax.fit import claim, fit, read_given  # brings SeqIO
 
     if not recipe.searcher.module:
         return fit(

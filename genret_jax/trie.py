@@ -108,11 +108,6 @@ class Trie:
             found.append(np.repeat(np.arange(len(states), dtype=np.int32)[::-1], states))
         return tuple(found)
 
-    @property
-    def shares_prefixes(self) -> bool:
-        """Whether any two rows begin with the same token."""
-        return len(self.rows) > int(self.first_edge[1] - self.first_edge[0])
-
     def report(self) -> dict[str, object]:
         """States, bytes, and the width of each level that has children."""
         widths = [c for c in self.children_by_level if c.size]

@@ -15,6 +15,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import seqio
 
 from genret_jax.corpus import read_corpus
@@ -86,9 +87,11 @@ def register_folder_contrastive(
       UserError: see `register_contrastive_materials`.
     """
     materials = _open(corpus, run, recipe, pseudo_queries)
-    config = materials.recipe.contrastive
-    counts = config.prefix_negatives, config.retrieved_negatives
-    return register_contrastive_materials(materials, Path(run), name=name, counts=counts, step=step)
+    config, folder = materials.recipe.contrastive, Path(run) / "ranking" / "negatives" / str(step)
+    negatives = Negatives.load(folder) if folder.is_dir() else mined(materials, Path(run))
+    prefix = config.prefix_negatives if (np.asarray(negatives.prefix) >= 0).any() else 0
+    counts = prefix, config.retrieved_negatives
+    return register_contrastive_materials(materials, negatives, name=name, counts=counts)
 
 
 def register_materials(materials: Materials, *, name: str) -> Registered:
@@ -103,20 +106,15 @@ def register_materials(materials: Materials, *, name: str) -> Registered:
 
 
 def register_contrastive_materials(
-    materials: Materials, run: Path, *, name: str, counts: tuple[int, int], step: int = 0
+    materials: Materials, negatives: Negatives, *, name: str, counts: tuple[int, int]
 ) -> Registered:
     """Registers stage 2 over materials that are open already.
 
-    Negatives are those of RUN/ranking/negatives/STEP, which `genret fit` mined with the model of
-    its first stage. Without that folder they are mined now: with RUN's retriever where there is
-    one and the recipe says so, else with BM25.
-
     Args:
       materials: the corpus, made ready.
-      run: folder of the run.
+      negatives: of its documents and train queries.
       name: of the mixture.
       counts: prefix and retrieved negatives of an example.
-      step: of the second stage at which the negatives were mined.
 
     Raises:
       UserError: the negatives are of another corpus, or of other train queries.
@@ -126,12 +124,10 @@ def register_contrastive_materials(
     questions = Questions.of(positives, materials.documents)
     docids = materials.index.vocabulary.docids
     side = DocumentSide.of(materials.examples, positives, docids, config)
-    folder = run / "ranking" / "negatives" / str(step)
-    negatives = Negatives.load(folder) if folder.is_dir() else _mined(materials, run, step)
     rows = len(negatives.prefix), len(negatives.retrieved)
     if rows != (len(materials.documents), len(questions.texts)):
         raise UserError(
-            f"{folder}: negatives of {rows[0]} documents and {rows[1]} questions, but here are "
+            f"negatives of {rows[0]} documents and {rows[1]} questions, but here are "
             f"{len(materials.documents)} and {len(questions.texts)}; give the corpus and the seed "
             "of the fit"
         )
@@ -164,17 +160,22 @@ def _lengths(materials: Materials) -> dict[str, int]:
     return {"inputs": materials.input_length, "targets": materials.index.trie.max_length}
 
 
-def _mined(materials: Materials, run: Path, step: int) -> Negatives:
+def mined(materials: Materials, run: Path) -> Negatives:
+    """Negatives of step 0: those of RUN/ranking/negatives/0 where nothing has changed since.
+
+    The model is RUN's retriever, where there is one and the recipe says so; else BM25 searches.
+    """
     weights = run / "retriever" / "model.safetensors"
     params: Any = None
-    if weights.is_file():
-        params = load_weights(weights)
-    elif materials.recipe.contrastive.source == "model":
-        log.info("%s: no retriever there; negatives are mined with BM25", run)
-        config = dataclasses.replace(materials.recipe.contrastive, source="bm25")
-        recipe = dataclasses.replace(materials.recipe, contrastive=config)
-        materials = dataclasses.replace(materials, recipe=recipe)
-    return Miner(materials, run / "ranking" / "negatives").negatives(step, params)
+    if materials.recipe.contrastive.source == "model":
+        if weights.is_file():
+            params = load_weights(weights)
+        else:
+            log.info("%s: no retriever there; negatives are mined with BM25", run)
+            config = dataclasses.replace(materials.recipe.contrastive, source="bm25")
+            recipe = dataclasses.replace(materials.recipe, contrastive=config)
+            materials = dataclasses.replace(materials, recipe=recipe)
+    return Miner(materials, run / "ranking" / "negatives").negatives(0, params)
 
 
 def vocabulary(run: str) -> seqio.Vocabulary:

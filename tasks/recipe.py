@@ -17,12 +17,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import gin
+import numpy as np
 
 from genret_jax.corpus import read_corpus
 from genret_jax.data.query_tasks import register_queries
 from genret_jax.errors import UserError
 from genret_jax.indexing import Index, build_index
 from genret_jax.modeling.model import Params
+from genret_jax.negatives import Negatives
 from genret_jax.pseudo_queries import read_pseudo_queries
 from genret_jax.recipe import configured
 from genret_jax.splitting import split_corpus
@@ -30,7 +32,12 @@ from genret_jax.stages.common import Materials
 from genret_jax.stages.first import starting
 from genret_jax.stages.second import negatives_an_example
 from genret_jax.training import processes
-from tasks.folder import Registered, register_contrastive_materials, register_materials
+from tasks.folder import (
+    Registered,
+    mined,
+    register_contrastive_materials,
+    register_materials,
+)
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +88,11 @@ def ranking_lengths() -> dict[str, int]:
     return dict(_ranking(_key()).lengths)
 
 
+def prefix_negatives() -> int:
+    """How many of an example's negatives share a docid prefix with its document."""
+    return _negatives(_key())[1][0]
+
+
 def queries(split: str = "dev") -> str:
     """The queries of a split, for evaluation and inference. Name of the task.
 
@@ -94,7 +106,10 @@ def queries(split: str = "dev") -> str:
         read = read_corpus(_place().corpus)
         texts, qrels = read.split_queries(split), read.qrels.get(split, {})
     if not texts:
-        raise UserError(f"split {split!r} has no queries; choose another")
+        raise UserError(
+            f"split {split!r} has no queries; choose another, or train without evaluation "
+            "(--gin.train_script.train.infer_eval_dataset_cfg=None)"
+        )
     name = f"{_name(_key())}_{split}"
     return register_queries(name, texts, qrels, made.index, made.document_ids, split=split)
 
@@ -148,17 +163,20 @@ def _docid(key: str) -> Registered:
 
 
 @functools.cache
-def _ranking(key: str) -> Registered:
+def _negatives(key: str) -> tuple[Negatives, tuple[int, int]]:
+    """Those of step 0, and how many of each kind an example gets."""
     made = _materials(key)
-    counts = negatives_an_example(made.recipe.contrastive, made.index.trie.shares_prefixes)
+    found = mined(made, Path(_place().run))
+    some_share = bool((np.asarray(found.prefix) >= 0).any())
+    return found, negatives_an_example(made.recipe.contrastive, some_share)
 
-    def registered() -> Registered:
-        return register_contrastive_materials(
-            made, Path(_place().run), name=f"{_name(key)}_ranking", counts=counts
-        )
 
-    mined = Path(_place().run) / "ranking" / "negatives" / "0" / "negatives.json"
-    return processes.first_then_others(registered, sees=mined)
+@functools.cache
+def _ranking(key: str) -> Registered:
+    found, counts = _negatives(key)
+    return register_contrastive_materials(
+        _materials(key), found, name=f"{_name(key)}_ranking", counts=counts
+    )
 
 
 def _name(key: str) -> str:

@@ -19,6 +19,7 @@ from genret_jax.corpus import Run, read_run, write_run
 from genret_jax.errors import UserError
 from genret_jax.files import replace_on_success
 from genret_jax.harness.rows import Entry, Measured, Row
+from genret_jax.training.budget import check_minutes
 
 log = logging.getLogger(__name__)
 
@@ -155,8 +156,7 @@ def check_settings(seeds: Sequence[int], minutes: float | None) -> None:
         raise UserError(
             f"seeds {', '.join(map(str, seeds)) or 'none'}: give different whole numbers from 0"
         )
-    if minutes is not None and not minutes > 0:
-        raise UserError(f"minutes must be above 0, found {minutes}")
+    check_minutes(minutes)
 
 
 def reason(error: Exception) -> str:

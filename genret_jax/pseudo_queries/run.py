@@ -25,9 +25,9 @@ from genret_jax.negatives import bm25_search
 from genret_jax.pseudo_queries.examples import Pairs
 from genret_jax.pseudo_queries.files import PseudoQuery, write_pseudo_queries
 from genret_jax.pseudo_queries.generator import METRIC, Sampler, make_model, train_generator
-from genret_jax.recipe import DataConfig, GeneratorRecipe
+from genret_jax.recipe import GeneratorRecipe
 from genret_jax.splitting import split_corpus
-from genret_jax.training.budget import Clock
+from genret_jax.training.budget import Clock, check_minutes
 from genret_jax.vocabularies import Vocabulary, read_text_model, train_text_model
 
 log = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ def generate(
     clock = Clock(minutes * 60 if minutes else None, started=started)
     corpus = corpus if isinstance(corpus, Corpus) else _read(corpus)
     documents, seed = corpus.documents, recipe.train.seed
-    pairs = split_corpus(corpus, DataConfig(), seed=seed).pairs
+    pairs = split_corpus(corpus, recipe.data, seed=seed).pairs
     if not pairs:
         raise UserError(
             f"{corpus.name}: no train queries to learn from how documents are asked for; add "
@@ -156,8 +156,7 @@ def _check(per_document: int, round_trip: int, minutes: float | None) -> None:
         raise UserError(f"per_document must be 1 or more, found {per_document}")
     if round_trip < 0:
         raise UserError(f"round_trip must be 0 (no filter) or more, found {round_trip}")
-    if minutes is not None and not 0 < minutes < float("inf"):
-        raise UserError(f"minutes must be a number above 0, found {minutes}")
+    check_minutes(minutes)
 
 
 def _check_budget(clock: Clock, per_document: int) -> None:

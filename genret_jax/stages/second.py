@@ -53,6 +53,14 @@ _DEV_VIEWS = 32  # of each kind, of a document, while parameters are compared
 _MOST_DEV_VIEWS = 50_000  # of all documents together
 _FUSION_BEAM = 100  # what a search uses when nothing else is asked
 _PREFIX_POOL = 16  # prefix negatives kept a document
+_MINING_SETTINGS = (
+    "source",
+    "prefix_depth",
+    "prefix_negatives",
+    "retrieved_negatives",
+    "mined",
+    "mining_beam",
+)
 _MINING_SHARE = 0.2  # of the time that is left of a budget
 _SECONDS_A_DEV_QUERY = 0.03  # of a search with that beam, and of fitting, on two cores
 
@@ -197,6 +205,12 @@ def ranking_model(
     )
 
 
+def _made(folder: Path, digest: str) -> bool:
+    """Whether negatives of this digest are there."""
+    about = folder / "negatives.json"
+    return about.is_file() and Negatives.load(folder).digest == digest
+
+
 class Miner:
     """Negatives of this corpus by given parameters, kept in a folder.
 
@@ -224,11 +238,10 @@ class Miner:
         """Those of a step, from the folder where they were made before."""
         config, seed = self._materials.recipe.contrastive, self._materials.recipe.train.seed
         folder = self._folder / str(step)
-        digest = self._digest()
-        if (folder / "negatives.json").is_file():
-            found = Negatives.load(folder)
-            if found.digest == digest:
-                return found
+        digest = self._digest(params)
+        # One process looks, so that all go the same way.
+        if processes.broadcast(_made(folder, digest)):
+            return Negatives.load(folder)
         depth: Any = config.prefix_depth
         trie, documents = self._materials.index.trie, len(self._materials.documents)
         made = Negatives(
@@ -254,7 +267,7 @@ class Miner:
         They are asked in random order, so that those left out are no kind of their own.
         """
         config, questions, clock = self._materials.recipe.contrastive, self.questions, self._clock
-        if not (config.retrieval or config.rank) or not config.retrieved_negatives:
+        if not (config.rank or (config.retrieval and config.retrieved_negatives)):
             return np.full((len(questions.texts), 1), -1, np.int32)
         end = clock.elapsed + _MINING_SHARE * ((clock.seconds or 0.0) - clock.elapsed)
         order = rng.permutation(len(questions.texts))
@@ -272,10 +285,17 @@ class Miner:
         out[order] = processes.spread(mined, order.tolist())
         return out
 
-    def _digest(self) -> str:
-        recipe = {**self._materials.recipe.to_dict(), "method": ""}  # by whatever name
-        about = [recipe, self._materials.index.about["fingerprint"]]
-        return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+    def _digest(self, params: Params) -> str:
+        """Of all that the tables are made from: settings, index, questions and parameters."""
+        config = self._materials.recipe.contrastive
+        settings = {name: getattr(config, name) for name in _MINING_SETTINGS}
+        about = [settings, self._materials.recipe.train.seed, self.questions.texts]
+        about.append(self._materials.index.about["fingerprint"])
+        digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+        if config.source == "model":
+            for leaf in jax.tree.leaves(jax.device_get(params)):
+                digest.update(np.asarray(leaf).tobytes())
+        return digest.hexdigest()
 
     def _search(self, params: Params) -> Any:
         config = self._materials.recipe.contrastive

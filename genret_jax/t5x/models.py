@@ -27,7 +27,6 @@ from genret_jax.modeling.ranking_model import RankingModel
 from genret_jax.recipe import configured
 from genret_jax.stages import second
 from genret_jax.stages.common import retrieval_model
-from genret_jax.stages.second import negatives_an_example
 from genret_jax.trie import DeviceTrie
 
 Metrics = dict[str, Any]
@@ -154,8 +153,13 @@ def docid_model(index: Index, *, optimizer_def: Any = None, beam: int = 10) -> T
     return T5XModel(model, model, index, optimizer_def=optimizer_def, beam=beam)
 
 
-def ranking_model(index: Index, *, optimizer_def: Any = None, beam: int = 10) -> T5XModel:
+def ranking_model(
+    index: Index, *, prefix_negatives: int, optimizer_def: Any = None, beam: int = 10
+) -> T5XModel:
     """Stage 2 likewise.
+
+    Args:
+      prefix_negatives: of an example, as the tasks have them (`tasks.recipe.prefix_negatives`).
 
     Raises:
       UserError: the recipe has no stage 2.
@@ -167,6 +171,5 @@ def ranking_model(index: Index, *, optimizer_def: Any = None, beam: int = 10) ->
             "include methods/dogr.gin, or give one of them a weight"
         )
     model = retrieval_model(recipe, index)
-    prefix, _ = negatives_an_example(recipe.contrastive, index.trie.shares_prefixes)
-    ranking = second.ranking_model(recipe.contrastive, model, prefix_negatives=prefix)
+    ranking = second.ranking_model(recipe.contrastive, model, prefix_negatives=prefix_negatives)
     return T5XModel(ranking, model, index, optimizer_def=optimizer_def, beam=beam)

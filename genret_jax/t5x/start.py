@@ -13,7 +13,9 @@ from jax.experimental import multihost_utils
 from t5x import utils
 
 from genret_jax.errors import UserError
+from genret_jax.indexing import read_json
 from genret_jax.modeling.model import Params
+from genret_jax.training import processes
 from genret_jax.weights import load_weights
 
 Start = Callable[[Params], Params]
@@ -34,7 +36,9 @@ class StartingState(utils.TrainStateInitializer):
     def from_scratch(self, init_rng: jax.Array) -> Any:
         state = super().from_scratch(init_rng)
         fresh = flax.core.unfreeze(state.params)
-        begun = self._start(multihost_utils.process_allgather(fresh, tiled=True))
+        fresh = multihost_utils.process_allgather(fresh, tiled=True)
+        # The first process's, for the last bits of others' may differ.
+        begun = processes.broadcast_arrays(processes.everywhere(lambda: self._start(fresh)))
         flat, tree = jax.tree.flatten(state.params)
         new = jax.tree.leaves(begun)
         found, wanted = jax.tree.structure(begun), jax.tree.structure(fresh)
@@ -60,6 +64,11 @@ def from_retriever(run: str) -> Start:
             raise UserError(
                 f"{folder}: no retriever there, and stage 2 begins with one; make it with "
                 "`genret fit --stage 1`, with --from-t5x where T5X trained it"
+            )
+        about = read_json(folder / "retriever.json", what="retriever")
+        if "second_stage" in about:
+            raise UserError(
+                f"{folder}: stage 2 is done there, and it begins with stage 1; give another RUN"
             )
         params = load_weights(folder / "model.safetensors")
         shapes = [jax.tree.map(lambda x: x.shape, tree) for tree in (params, fresh)]

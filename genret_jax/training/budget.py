@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from genret_jax.errors import UserError
+
 
 @dataclasses.dataclass
 class Plan:
@@ -84,3 +86,9 @@ class Clock:
             return
         left = self.seconds - self.reserve - self.elapsed - other_seconds
         plan.total = plan.step + max(1, int(left / step_seconds))
+
+
+def check_minutes(minutes: float | None) -> None:
+    """UserError unless it is a time budget, or none."""
+    if minutes is not None and not 0 < minutes < float("inf"):
+        raise UserError(f"minutes must be a number above 0, found {minutes}")
