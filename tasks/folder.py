@@ -11,9 +11,9 @@ The same tasks that the native trainer reads, for everything that takes a SeqIO 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import logging
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import seqio
@@ -161,21 +161,24 @@ def _lengths(materials: Materials) -> dict[str, int]:
 
 
 def mined(materials: Materials, run: Path) -> Negatives:
-    """Negatives of step 0: those of RUN/ranking/negatives/0 where nothing has changed since.
+    """Negatives to train with from the beginning: those of RUN/negatives where nothing has changed.
 
     The model is RUN's retriever, where there is one and the recipe says so; else BM25 searches.
     """
     weights = run / "retriever" / "model.safetensors"
-    params: Any = None
+    params, origin = None, "bm25"
     if materials.recipe.contrastive.source == "model":
         if weights.is_file():
             params = load_weights(weights)
+            with open(weights, "rb") as file:
+                origin = hashlib.file_digest(file, "sha256").hexdigest()
         else:
             log.info("%s: no retriever there; negatives are mined with BM25", run)
             config = dataclasses.replace(materials.recipe.contrastive, source="bm25")
             recipe = dataclasses.replace(materials.recipe, contrastive=config)
             materials = dataclasses.replace(materials, recipe=recipe)
-    return Miner(materials, run / "ranking" / "negatives").negatives(0, params)
+    miner = Miner(materials, run / "negatives", origin=origin)
+    return miner.negatives(0, params)
 
 
 def vocabulary(run: str) -> seqio.Vocabulary:

@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 class Place:
     """Attributes:
     corpus: BEIR folder.
-    run: folder of the run; gets index/, and for stage 2 ranking/negatives/.
+    run: folder of the run; gets index/, and for stage 2 negatives/.
     pseudo_queries: file of generated queries to learn from, too; "" for none.
     """
 

@@ -219,7 +219,7 @@ def test_stage_two_trains_from_that_retriever_and_comes_back(place, stage_one, r
         EVAL_PERIOD=2,
         BATCH_SIZE=16,
     )
-    assert (Path(place.run) / "ranking" / "negatives" / "0" / "negatives.json").is_file()
+    assert (Path(place.run) / "negatives" / "0" / "negatives.json").is_file()
     recipe = load_recipe("dogr", bindings=BINDINGS)
     both = fit(place.corpus, recipe=recipe, out=place.run, stage=2, from_t5x=model_dir)
     assert both.about["second_stage"]["steps"] == 4 and "fusion" in both.about

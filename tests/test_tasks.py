@@ -68,7 +68,9 @@ def test_folder_tasks_give_t5x_batches(folders):
 
 
 def _contrastive(folders, **more):
-    config = ContrastiveConfig(prefix_negatives=1, retrieved_negatives=2, document_length=16)
+    config = ContrastiveConfig(
+        retrieval=1.0, prefix_negatives=1, retrieved_negatives=2, document_length=16
+    )
     recipe = dataclasses.replace(load_recipe("dogr"), contrastive=config)
     registered = register_folder_contrastive(*folders, recipe=recipe, **more)
     dataset = seqio.get_dataset(

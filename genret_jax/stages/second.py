@@ -219,6 +219,7 @@ class Miner:
       folder: for them.
       clock: of the whole run; none where there is no budget.
       by_model: parameters -> the search of source "model"; the beam's by default.
+      origin: a digest of the parameters that mine, where the recipe alone does not decide them.
     """
 
     def __init__(
@@ -228,9 +229,10 @@ class Miner:
         clock: Clock | None = None,
         *,
         by_model: Callable[[Params], Search] | None = None,
+        origin: str = "",
     ):
         self._materials, self._folder, self._clock = materials, folder, clock or Clock(None)
-        self._by_model = by_model
+        self._by_model, self._origin = by_model, origin
         self.positives = known_positives(materials.split.all_pairs)
         self.questions = Questions.of(self.positives, materials.documents)
 
@@ -238,7 +240,7 @@ class Miner:
         """Those of a step, from the folder where they were made before."""
         config, seed = self._materials.recipe.contrastive, self._materials.recipe.train.seed
         folder = self._folder / str(step)
-        digest = self._digest(params)
+        digest = self._digest()
         # One process looks, so that all go the same way.
         if processes.broadcast(_made(folder, digest)):
             return Negatives.load(folder)
@@ -285,17 +287,19 @@ class Miner:
         out[order] = processes.spread(mined, order.tolist())
         return out
 
-    def _digest(self, params: Params) -> str:
-        """Of all that the tables are made from: settings, index, questions and parameters."""
-        config = self._materials.recipe.contrastive
-        settings = {name: getattr(config, name) for name in _MINING_SETTINGS}
-        about = [settings, self._materials.recipe.train.seed, self.questions.texts]
-        about.append(self._materials.index.about["fingerprint"])
-        digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
-        if config.source == "model":
-            for leaf in jax.tree.leaves(jax.device_get(params)):
-                digest.update(np.asarray(leaf).tobytes())
-        return digest.hexdigest()
+    def _digest(self) -> str:
+        """Of what the tables are made from.
+
+        A run that goes on has not the parameters that mined; its recipe decides them.
+        """
+        recipe = self._materials.recipe
+        about: list[Any] = [self._materials.index.about["fingerprint"], self._origin]
+        if self._origin:
+            about += [{name: getattr(recipe.contrastive, name) for name in _MINING_SETTINGS}]
+            about += [recipe.train.seed, self.questions.texts]
+        else:
+            about += [{**recipe.to_dict(), "method": ""}]  # by whatever name
+        return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
     def _search(self, params: Params) -> Any:
         config = self._materials.recipe.contrastive
