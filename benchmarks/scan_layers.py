@@ -32,10 +32,10 @@ from train_step import DOCIDS, TEXT, _Batches, random_batch  # noqa: E402
 
 from genret_jax.modeling.model import RetrievalModel  # noqa: E402
 from genret_jax.modeling.network import T5Config  # noqa: E402
-from genret_jax.modeling.stacking import stack_layers  # noqa: E402
+from genret_jax.modeling.stacking import unstack_layers  # noqa: E402
 from genret_jax.recipe import TrainConfig  # noqa: E402
 from genret_jax.training.partitioning import make_mesh  # noqa: E402
-from genret_jax.training.trainer import Stepper  # noqa: E402
+from genret_jax.training.trainer import Stepper, TrainState  # noqa: E402
 from genret_jax.trie import build_trie  # noqa: E402
 from genret_jax.vocabularies import DocidSpace  # noqa: E402
 
@@ -71,7 +71,9 @@ def form(config: T5Config, params: Any) -> Form:
     model = RetrievalModel(config, DocidSpace(start=TEXT, size=DOCIDS + 2))
     batch = {name: value[:BATCH] for name, value in random_batch().items()}
     stepper = Stepper(model, TrainConfig(batch_size=BATCH), make_mesh(devices=jax.devices()[:1]))
-    kept = [stepper.begin_with(stepper.init(jax.random.key(0)), params)]
+    here = jax.device_put(params)
+    moments = stepper._optimizer.init(here)
+    kept = [jax.tree.map(jnp.copy, TrainState(here, moments, jnp.int32(0)))]  # a step donates it
     began = time.perf_counter()
     stepper.compile(kept[0], _Batches(batch))
     seconds = {"training step": time.perf_counter() - began}
@@ -85,7 +87,6 @@ def form(config: T5Config, params: Any) -> Form:
     trie = build_trie(Problem(ids=IDS, vocab=DOCIDS + 2).table).on_device()
     search = jax.jit(functools.partial(model.search, beam=BEAM))
     began = time.perf_counter()
-    here = jax.device_put(params)
     compiled = search.lower(here, queries, trie).compile()
     seconds["search"] = time.perf_counter() - began
     print(f"compiled the search in {seconds['search']:.1f} s", file=sys.stderr)
@@ -100,13 +101,10 @@ def form(config: T5Config, params: Any) -> Form:
 
 def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     config = config_of(arguments)
-    model = RetrievalModel(config, DocidSpace(start=TEXT, size=DOCIDS + 2))
-    params = jax.device_get(jax.jit(lambda: model.init(jax.random.key(0))[0])())
     scanned = dataclasses.replace(config, scan_layers=True)
-    forms = {
-        "stacked": form(scanned, stack_layers(params)),
-        "one by one": form(config, params),
-    }
+    model = RetrievalModel(scanned, DocidSpace(start=TEXT, size=DOCIDS + 2))
+    params = jax.device_get(jax.jit(lambda: model.init(jax.random.key(0))[0])())
+    forms = {"stacked": form(scanned, params), "one by one": form(config, unstack_layers(params))}
     rows = []
     for program in ("training step", "search"):
         times: dict[str, list[float]] = {name: [] for name in forms}

@@ -368,9 +368,10 @@ def test_a_pretrained_t5_in_and_out(tmp_path):
 
 
 def test_a_pretrained_start_is_the_same(corpus, vocabulary):  # noqa: F811
-    checkpoint, docids = open_checkpoint(GOLDEN / "t5_v1_1"), build_docids("atomic", corpus.documents)
-    rows = checkpoint.config.vocab_size
-    larger = Vocabulary(vocabulary.model, docids.vocab_size, max(rows, vocabulary.text_size))
+    checkpoint = open_checkpoint(GOLDEN / "t5_v1_1")
+    docids = build_docids("atomic", corpus.documents)
+    rows = max(checkpoint.config.vocab_size, vocabulary.text_size)
+    larger = Vocabulary(vocabulary.model, docids.vocab_size, rows)
     config = dataclasses.replace(
         checkpoint.config, vocab_size=larger.size, learned_temperature=True
     )
@@ -385,14 +386,13 @@ def test_a_pretrained_start_is_the_same(corpus, vocabulary):  # noqa: F811
 # --- training ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("optimizer", "data"), [("adamw", 4), ("adafactor", 2)])
-def test_eight_devices_train_a_stack_as_one_device_trains_layers(optimizer, data):
+def test_eight_devices_train_a_stack_as_one_device_trains_layers():
     batches, losses, states = Numbered(), [], []
     for config, params, mesh in (
         (CONFIG, params_of(), partitioning.make_mesh(devices=jax.devices()[:1])),
-        (SCANNED, stack_layers(params_of()), partitioning.make_mesh(model_parallel=8 // data)),
+        (SCANNED, stack_layers(params_of()), partitioning.make_mesh(model_parallel=4)),
     ):
-        train = TrainConfig(batch_size=16, optimizer=optimizer, weight_decay=0.1)
+        train = TrainConfig(batch_size=16, optimizer="adafactor")
         stepper = Stepper(model_of(config), train, mesh)
         state = stepper.begin_with(stepper.init(jax.random.key(0)), params)
         stepper.compile(state, batches)
@@ -403,7 +403,7 @@ def test_eight_devices_train_a_stack_as_one_device_trains_layers(optimizer, data
         states.append(state)
     assert losses[1] == pytest.approx(losses[0], abs=2e-5)
     kernel = states[1].params["decoder"]["layers"]["mlp"]["wi_0"]["kernel"]
-    assert kernel.sharding.shard_shape(kernel.shape) == (2, 16, 32 * data // 8)
+    assert kernel.sharding.shard_shape(kernel.shape) == (2, 16, 8)
 
 
 @pytest.fixture(scope="module")

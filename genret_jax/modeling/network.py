@@ -416,9 +416,7 @@ class Decoder(nn.Module):
             self.logits_dense = OutputMatrix(c)
 
     def _through(self, body: Any, carry: Any, each: Any = None) -> tuple[Any, Any]:
-        return through_layers(
-            self.layers, body, carry, each, length=self.config.num_decoder_layers
-        )
+        return through_layers(self.layers, body, carry, each, length=self.config.num_decoder_layers)
 
     def __call__(
         self, embedded: Array, encoded: Array, cross_bias: Array, deterministic: bool
@@ -447,9 +445,7 @@ class Decoder(nn.Module):
             # would be copied out and in.
             def stacked(layer: DecoderLayer, carry: Any, each: Any) -> tuple[Any, None]:
                 (x, self_kv), (number, cross_kv) = carry, each
-                return layer.step(
-                    x, position, self_kv, bias, cross_kv, cross.bias, number
-                ), None
+                return layer.step(x, position, self_kv, bias, cross_kv, cross.bias, number), None
 
             numbers = jnp.arange(self.config.num_decoder_layers)
             (x, self_kv), _ = self._through(

@@ -120,9 +120,7 @@ def pull_to_start(rate: float | jax.Array) -> optax.GradientTransformation:
     def update(
         updates: optax.Updates, state: Start, params: optax.Params | None = None
     ) -> tuple[optax.Updates, Start]:
-        def pulled(
-            path: Any, update: jax.Array, param: jax.Array, start: jax.Array
-        ) -> jax.Array:
+        def pulled(path: Any, update: jax.Array, param: jax.Array, start: jax.Array) -> jax.Array:
             return update + rate * (start - param) if _is_matrix(path, param) else update
 
         return jax.tree_util.tree_map_with_path(pulled, updates, params, state.params), state
