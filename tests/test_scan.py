@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 from flax import traverse_util
+from orbax.checkpoint import v1 as ocp
 from safetensors.numpy import load_file
 from t5x_contract import LOGICAL_AXES
 from test_lexical_start import _fresh, _model, corpus, examples, table, vocabulary  # noqa: F401
@@ -37,6 +38,7 @@ from genret_jax.modeling.stacking import (
 )
 from genret_jax.pretrained.checkpoint import open_checkpoint, write_checkpoint
 from genret_jax.recipe import TrainConfig, load_recipe
+from genret_jax.t5x.checkpoint import load_params
 from genret_jax.training import partitioning
 from genret_jax.training.lexical_start import lexical_start
 from genret_jax.training.optimizers import make_optimizer, set_learning_rate
@@ -383,6 +385,16 @@ def test_a_pretrained_start_is_the_same(corpus, vocabulary):  # noqa: F811
     assert "log_temperature" in found
 
 
+@pytest.mark.parametrize("stacked", [False, True])
+def test_a_checkpoint_of_t5x_is_read_into_either_form(stacked, tmp_path):
+    params = with_layers(params_of(), stacked=not stacked)
+    ocp.save(tmp_path / "checkpoint_7", {"target": params})
+    like = jax.eval_shape(lambda: with_layers(params_of(), stacked=stacked))
+    found = load_params(tmp_path / "checkpoint_7", like)
+    expected = with_layers(params_of(), stacked=stacked)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
 # --- training ----------------------------------------------------------------------------------
 
 
@@ -414,7 +426,10 @@ def retriever(tmp_path_factory):
         "NetworkConfig.num_encoder_layers = 2",
         "NetworkConfig.num_decoder_layers = 2",
         "NetworkConfig.scan_layers = True",
-        "NetworkConfig.remat = True",
+        "TrainConfig.steps = 10",
+        "TrainConfig.evaluations = 1",
+        "ContrastiveConfig.steps = 5",
+        "ContrastiveConfig.evaluations = 1",
     ]
     out = tmp_path_factory.mktemp("scanned") / "run"
     return Retriever.fit(tiny_corpus(), out=out, bindings=bindings)

@@ -481,6 +481,7 @@ class Decoder(nn.Module):
             self_kv = _of_layer(cache.self_kv, own) if stacked else own
             return layer.tail(x, self_kv, bias, cross_kv, cross.bias), None
 
+        each: Any
         if stacked:
             each = jnp.arange(self.config.num_decoder_layers), cross.cross_kv
         else:

@@ -52,7 +52,7 @@ def through_layers(
             length=length,
             axis_name=AXIS,
         )
-        return scan(layers, carry, each)  # type: ignore[operator]
+        return scan(layers, carry, each)
     given = []
     for layer, part in zip(layers, [None] * length if each is None else each, strict=True):
         carry, gives = body(layer, carry, part)
