@@ -44,6 +44,7 @@ class NetworkConfig:
     feed_forward: str = "gated-gelu"
     layer_norm_epsilon: float = 1e-6
     remat: bool = False
+    scan_layers: bool = False
 
     def t5(self, vocab_size: int) -> T5Config:
         return T5Config(vocab_size=vocab_size, **dataclasses.asdict(self))

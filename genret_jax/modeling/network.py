@@ -22,6 +22,8 @@ import numpy as np
 from flax import struct
 from flax.linen import partitioning
 
+from genret_jax.modeling.stacking import through_layers
+
 Array = jax.Array
 NEGATIVE = (
     -1e10
@@ -53,6 +55,9 @@ class T5Config:
       learned_temperature: one more parameter, `log_temperature`, a scalar that begins at 0, for
         contrastive losses; T5X's own network has none.
       remat: recompute each layer in the backward pass: less memory, about a third more time.
+      scan_layers: stack the layers of a side and loop over them: a program of one layer instead of
+        one of all, which compiles in a fraction of the time; see `stacking`. What is computed is
+        the same, but that dropout draws other numbers.
     """
 
     vocab_size: int
@@ -72,6 +77,10 @@ class T5Config:
     layer_norm_epsilon: float = 1e-6
     learned_temperature: bool = False
     remat: bool = False
+    scan_layers: bool = False
+
+
+KeysValues = tuple[Array, Array]
 
 
 @struct.dataclass
@@ -79,10 +88,15 @@ class DecodingCache:
     """What the decoder remembers between steps.
 
     Attributes:
-      self_kv: per layer (keys, values), each [batch, beam, max_length, heads, kv].
+      self_kv: per layer (keys, values), each [batch, beam, max_length, heads, kv]; of stacked
+        layers one pair, each [batch, beam, layers, max_length, heads, kv].
     """
 
-    self_kv: tuple[tuple[Array, Array], ...]
+    self_kv: tuple[KeysValues, ...] | KeysValues
+
+    @property
+    def max_length(self) -> int:
+        return int(jax.tree.leaves(self.self_kv)[0].shape[-3])
 
 
 @struct.dataclass
@@ -90,11 +104,12 @@ class CrossCache:
     """What every step reads and none writes: one copy a query, whatever the beam.
 
     Attributes:
-      cross_kv: per layer (keys, values), each [batch, length, heads, kv].
+      cross_kv: per layer (keys, values), each [batch, length, heads, kv]; of stacked layers one
+        pair, each [layers, batch, length, heads, kv].
       bias: [batch, 1, 1, length], 0 where the encoder saw a token, very negative elsewhere.
     """
 
-    cross_kv: tuple[tuple[Array, Array], ...]
+    cross_kv: tuple[KeysValues, ...] | KeysValues
     bias: Array
 
 
@@ -218,12 +233,12 @@ class Attention(nn.Module):
         self.out = Dense(c.embed_dim, ("joined_kv", "embed"), c.dtype)
         self.dropout = nn.Dropout(c.dropout_rate, broadcast_dims=(-2,))
 
-    def project_kv(self, x: Array) -> tuple[Array, Array]:
+    def project_kv(self, x: Array) -> KeysValues:
         """Keys and values of x: [..., length, embed] -> two of [..., length, heads, kv]."""
         shape = (*x.shape[:-1], self.config.num_heads, self.config.head_dim)
         return self.key(x).reshape(shape), self.value(x).reshape(shape)
 
-    def attend(self, x: Array, kv: tuple[Array, Array], bias: Array, deterministic: bool) -> Array:
+    def attend(self, x: Array, kv: KeysValues, bias: Array, deterministic: bool) -> Array:
         """Attention of x [batch, queries, embed] over `kv`; bias broadcasts to the logits.
 
         Shape: kv [batch, keys, heads, kv]; bias [batch | 1, heads | 1, queries | 1, keys].
@@ -303,31 +318,32 @@ class DecoderLayer(nn.Module):
         y = self.pre_mlp_layer_norm(x)
         return x + self.dropout(self.mlp(y, deterministic), deterministic)
 
-    def cross_kv(self, encoded: Array) -> tuple[Array, Array]:
+    def cross_kv(self, encoded: Array) -> KeysValues:
         return self.encoder_decoder_attention.project_kv(encoded)
 
     def step(
         self,
         x: Array,
         position: Array,
-        self_kv: tuple[Array, Array],
+        self_kv: KeysValues,
         bias: Array,
-        cross_kv: tuple[Array, Array],
+        cross_kv: KeysValues,
         cross_bias: Array,
-    ) -> tuple[Array, tuple[Array, Array]]:
+        number: Array | None = None,
+    ) -> tuple[Array, KeysValues]:
         """One token for each beam: x [batch, beam, embed] -> (x, updated self_kv).
 
-        The beams are the "queries" of one cross-attention over the shared keys and values.
+        The beams are the "queries" of one cross-attention over the shared keys and values. With a
+        `number` of the layer, self_kv is the cache of all stacked layers.
         """
         batch, beam, embed = x.shape
         y = self.pre_self_attention_layer_norm(x)
         new = self.self_attention.project_kv(y)  # two of [batch, beam, heads, kv]
         self_kv = jax.tree.map(
-            lambda old, now: jax.lax.dynamic_update_index_in_dim(old, now, position, axis=2),
-            self_kv,
-            new,
+            functools.partial(_remember, position=position, number=number), self_kv, new
         )
-        flat_kv = jax.tree.map(lambda a: a.reshape(batch * beam, *a.shape[2:]), self_kv)
+        own = self_kv if number is None else _of_layer(self_kv, number)
+        flat_kv = jax.tree.map(lambda a: a.reshape(batch * beam, *a.shape[2:]), own)
         y = self.self_attention.attend(y.reshape(batch * beam, 1, embed), flat_kv, bias, True)
         x = x + y.reshape(batch, beam, embed)
         y = self.pre_cross_attention_layer_norm(x)
@@ -338,9 +354,9 @@ class DecoderLayer(nn.Module):
     def tail(
         self,
         x: Array,
-        self_kv: tuple[Array, Array],
+        self_kv: KeysValues,
         bias: Array,
-        cross_kv: tuple[Array, Array],
+        cross_kv: KeysValues,
         cross_bias: Array,
     ) -> Array:
         """Several tokens for each beam at once: x [batch, beam, tail, embed] -> the same.
@@ -370,18 +386,20 @@ class Encoder(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        layer = nn.remat(EncoderLayer, static_argnums=(3,)) if c.remat else EncoderLayer
         self.relpos_bias = RelativeBias(c, bidirectional=True)
-        self.layers = [layer(c) for _ in range(c.num_encoder_layers)]
+        self.layers = _layers(EncoderLayer, c, c.num_encoder_layers, deterministic=3)
         self.encoder_norm = RMSNorm(c.dtype, c.layer_norm_epsilon)
         self.dropout = nn.Dropout(c.dropout_rate, broadcast_dims=(-2,))
 
     def __call__(self, embedded: Array, bias: Array, deterministic: bool) -> Array:
         positions = jnp.arange(embedded.shape[1])
         bias = bias + self.relpos_bias(positions, positions)
+
+        def body(layer: EncoderLayer, x: Array, _: None) -> tuple[Array, None]:
+            return layer(x, bias, deterministic), None
+
         x = self.dropout(embedded, deterministic)
-        for layer in self.layers:
-            x = layer(x, bias, deterministic)
+        x, _ = through_layers(self.layers, body, x, length=self.config.num_encoder_layers)
         return self.dropout(self.encoder_norm(x), deterministic)
 
 
@@ -390,13 +408,15 @@ class Decoder(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        layer = nn.remat(DecoderLayer, static_argnums=(5,)) if c.remat else DecoderLayer
         self.relpos_bias = RelativeBias(c, bidirectional=False)
-        self.layers = [layer(c) for _ in range(c.num_decoder_layers)]
+        self.layers = _layers(DecoderLayer, c, c.num_decoder_layers, deterministic=5)
         self.decoder_norm = RMSNorm(c.dtype, c.layer_norm_epsilon)
         self.dropout = nn.Dropout(c.dropout_rate, broadcast_dims=(-2,))
         if not c.tied_embeddings:
             self.logits_dense = OutputMatrix(c)
+
+    def _through(self, body: Any, carry: Any, each: Any = None) -> tuple[Any, Any]:
+        return through_layers(self.layers, body, carry, each, length=self.config.num_decoder_layers)
 
     def __call__(
         self, embedded: Array, encoded: Array, cross_bias: Array, deterministic: bool
@@ -404,32 +424,47 @@ class Decoder(nn.Module):
         positions = jnp.arange(embedded.shape[1])
         causal = jnp.where(positions[:, None] >= positions[None, :], 0.0, NEGATIVE)
         bias = causal + self.relpos_bias(positions, positions)
-        x = self.dropout(embedded, deterministic)
-        for layer in self.layers:
-            x = layer(x, encoded, bias, cross_bias, deterministic)
+
+        def body(layer: DecoderLayer, x: Array, _: None) -> tuple[Array, None]:
+            return layer(x, encoded, bias, cross_bias, deterministic), None
+
+        x, _ = self._through(body, self.dropout(embedded, deterministic))
         return self.dropout(self.decoder_norm(x), deterministic)
 
-    def cross_kv(self, encoded: Array) -> tuple[tuple[Array, Array], ...]:
-        return tuple(layer.cross_kv(encoded) for layer in self.layers)
+    def cross_kv(self, encoded: Array) -> tuple[KeysValues, ...] | KeysValues:
+        _, kv = self._through(lambda layer, _, __: (None, layer.cross_kv(encoded)), None)
+        return kv
 
     def step(
         self, embedded: Array, position: Array, cache: DecodingCache, cross: CrossCache
     ) -> tuple[Array, DecodingCache]:
-        max_length = cache.self_kv[0][0].shape[2]
-        keys = jnp.arange(max_length)
+        keys = jnp.arange(cache.max_length)
         bias = self.relpos_bias(position[None], keys) + jnp.where(keys <= position, 0.0, NEGATIVE)
-        x, updated = embedded, []
-        for layer, self_kv, cross_kv in zip(
-            self.layers, cache.self_kv, cross.cross_kv, strict=True
-        ):
-            x, self_kv = layer.step(x, position, self_kv, bias, cross_kv, cross.bias)
-            updated.append(self_kv)
-        return self.decoder_norm(x), DecodingCache(tuple(updated))
+        if self.config.scan_layers:
+            # The whole cache is carried and written at one place a layer: a part for each layer
+            # would be copied out and in.
+            def stacked(layer: DecoderLayer, carry: Any, each: Any) -> tuple[Any, None]:
+                (x, self_kv), (number, cross_kv) = carry, each
+                return layer.step(x, position, self_kv, bias, cross_kv, cross.bias, number), None
+
+            numbers = jnp.arange(self.config.num_decoder_layers)
+            (x, self_kv), _ = self._through(
+                stacked, (embedded, cache.self_kv), (numbers, cross.cross_kv)
+            )
+        else:
+
+            def alone(layer: DecoderLayer, x: Array, each: Any) -> tuple[Array, KeysValues]:
+                self_kv, cross_kv = each
+                return layer.step(x, position, self_kv, bias, cross_kv, cross.bias)
+
+            each = zip(cache.self_kv, cross.cross_kv, strict=True)
+            x, self_kv = self._through(alone, embedded, each)
+        return self.decoder_norm(x), DecodingCache(self_kv)
 
     def tail(
         self, embedded: Array, position: Array, cache: DecodingCache, cross: CrossCache
     ) -> Array:
-        max_length, tail = cache.self_kv[0][0].shape[2], embedded.shape[2]
+        max_length, tail = cache.max_length, embedded.shape[2]
         old, new = jnp.arange(max_length), position + jnp.arange(tail)
         seen = jnp.concatenate(
             [
@@ -439,12 +474,53 @@ class Decoder(nn.Module):
             axis=1,
         )
         bias = self.relpos_bias(new, jnp.concatenate([old, new])) + jnp.where(seen, 0.0, NEGATIVE)
-        x = embedded
-        for layer, self_kv, cross_kv in zip(
-            self.layers, cache.self_kv, cross.cross_kv, strict=True
-        ):
-            x = layer.tail(x, self_kv, bias, cross_kv, cross.bias)
+        stacked = self.config.scan_layers
+
+        def body(layer: DecoderLayer, x: Array, each: Any) -> tuple[Array, None]:
+            own, cross_kv = each
+            self_kv = _of_layer(cache.self_kv, own) if stacked else own
+            return layer.tail(x, self_kv, bias, cross_kv, cross.bias), None
+
+        each: Any
+        if stacked:
+            each = jnp.arange(self.config.num_decoder_layers), cross.cross_kv
+        else:
+            each = zip(cache.self_kv, cross.cross_kv, strict=True)
+        x, _ = self._through(body, embedded, each)
         return self.decoder_norm(x)
+
+
+def _layers(kind: type[nn.Module], config: T5Config, count: int, *, deterministic: int) -> Any:
+    """Layers of a side, or the one of which a scan makes all.
+
+    Args:
+      deterministic: which argument of a layer's call is a Python bool; 0 is the layer itself.
+    """
+    if config.remat:
+        # A loop keeps the compiler from merging the second forward pass with the first.
+        static, cse = (deterministic,), not config.scan_layers
+        kind = nn.remat(kind, static_argnums=static, prevent_cse=cse)
+    return kind(config) if config.scan_layers else [kind(config) for _ in range(count)]
+
+
+def _remember(cache: Array, new: Array, *, position: Array, number: Array | None) -> Array:
+    """A cache with `new` [batch, beam, heads, kv] at a position, of a layer where it has several.
+
+    Shape: cache [batch, beam, max_length, heads, kv], or with layers behind beam.
+    """
+    if number is None:
+        return jax.lax.dynamic_update_index_in_dim(cache, new, position, axis=2)
+    at = (0, 0, number, position, 0, 0)
+    return jax.lax.dynamic_update_slice(cache, new[:, :, None, None], at)
+
+
+def _of_layer(self_kv: Any, number: Array) -> KeysValues:
+    """Keys and values of one of the stacked layers: [batch, beam, max_length, heads, kv] each."""
+    keys, values = self_kv
+    return (
+        jax.lax.dynamic_index_in_dim(keys, number, axis=2, keepdims=False),
+        jax.lax.dynamic_index_in_dim(values, number, axis=2, keepdims=False),
+    )
 
 
 class OutputMatrix(nn.Module):
@@ -544,6 +620,9 @@ def padding_bias(tokens: Array) -> Array:
 
 def empty_cache(config: T5Config, batch: int, beam: int, max_length: int) -> DecodingCache:
     """A cache for `max_length` steps of `batch` x `beam` hypotheses, all zero."""
-    shape = (batch, beam, max_length, config.num_heads, config.head_dim)
-    zero = jnp.zeros(shape, config.dtype)
-    return DecodingCache(tuple((zero, zero) for _ in range(config.num_decoder_layers)))
+    layers, own = config.num_decoder_layers, (max_length, config.num_heads, config.head_dim)
+    if config.scan_layers:
+        zero = jnp.zeros((batch, beam, layers, *own), config.dtype)
+        return DecodingCache((zero, zero))
+    zero = jnp.zeros((batch, beam, *own), config.dtype)
+    return DecodingCache(tuple((zero, zero) for _ in range(layers)))

@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 
 from genret_jax.errors import UserError
 from genret_jax.modeling.network import T5Config
+from genret_jax.modeling.stacking import unstack_layers
 from genret_jax.pretrained import huggingface
 from genret_jax.pretrained.hub import CONFIG, TEXT_MODEL, find_folder
 from genret_jax.pretrained.tensors import WEIGHTS, Tensors, open_tensors
@@ -187,12 +188,13 @@ def write_checkpoint(params: Any, config: T5Config, folder: Path, *, text_model:
     """Writes config.json, model.safetensors and spiece.model into an existing folder.
 
     Args:
-      params: the tree of `config`'s network; `log_temperature`, which T5 has not, is left out.
+      params: the tree of `config`'s network, layers stacked or not; `log_temperature`, which T5
+        has not, is left out.
       config: of the network.
       folder: an existing one.
       text_model: a serialised SentencePiece model.
     """
-    flat = traverse_util.flatten_dict(params, sep="/")
+    flat = traverse_util.flatten_dict(unstack_layers(params), sep="/")
     tensors = {}
     for ours, (theirs, transposed) in huggingface.tensor_names(config).items():
         value = np.asarray(flat[ours], np.float32)

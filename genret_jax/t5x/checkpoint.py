@@ -12,6 +12,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from genret_jax.errors import UserError
+from genret_jax.modeling.stacking import is_stacked, with_layers
 
 
 def latest(folder: str | Path) -> Path:
@@ -40,7 +41,7 @@ def load_params(checkpoint: Path, like: Any) -> Any:
 
     Args:
       checkpoint: checkpoint_STEP of a MODEL_DIR.
-      like: parameters of the same shapes.
+      like: parameters of the same shapes; layers may be stacked in one and not in the other.
 
     Raises:
       UserError: it is no checkpoint, or one of another network.
@@ -53,6 +54,7 @@ def load_params(checkpoint: Path, like: Any) -> Any:
         reason = str(error).splitlines()[0][:200]
         raise UserError(f"{checkpoint}: no whole checkpoint of T5X ({reason})") from None
     params = jax.tree.map(lambda x: np.asarray(x, np.float32), params)
+    params = with_layers(params, stacked=is_stacked(like))
     found, wanted = (jax.tree.map(lambda x: tuple(x.shape), tree) for tree in (params, like))
     if found != wanted:
         different = _first_difference(found, wanted)

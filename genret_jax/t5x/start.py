@@ -15,6 +15,7 @@ from t5x import utils
 from genret_jax.errors import UserError
 from genret_jax.indexing import read_json
 from genret_jax.modeling.model import Params
+from genret_jax.modeling.stacking import is_stacked, with_layers
 from genret_jax.training import processes
 from genret_jax.weights import load_weights
 
@@ -71,6 +72,7 @@ def from_retriever(run: str) -> Start:
                 f"{folder}: stage 2 is done there, and it begins with stage 1; give another RUN"
             )
         params = load_weights(folder / "model.safetensors")
+        params = with_layers(params, stacked=is_stacked(fresh))
         shapes = [jax.tree.map(lambda x: x.shape, tree) for tree in (params, fresh)]
         if shapes[0] != shapes[1]:
             raise UserError(f"{folder}: weights of another network; give the recipe of that run")

@@ -67,8 +67,8 @@ def lexical_start(
     params = jax.tree.map(np.array, params)
     _silence(params)
     _set_embeddings(params["token_embedder"]["embedding"], pieces)
-    attention = params["decoder"][f"layers_{config.num_decoder_layers - 1}"]
-    _set_attention(attention["encoder_decoder_attention"], rank, seed)
+    layer = _last_layer(params["decoder"], config)
+    _set_attention(layer["encoder_decoder_attention"], rank, seed)
     for side in ("encoder", "decoder"):
         params[side][f"{side}_norm"]["scale"] /= _GAIN
     columns = _docid_columns(examples, documents, docids) * _SHARPNESS * _GAIN
@@ -177,6 +177,13 @@ def _counts(examples: TrainingExamples, pieces: int) -> scipy.sparse.coo_matrix:
     counts = scipy.sparse.coo_matrix((ones, (rows, columns)), shape=(documents, pieces))
     counts.sum_duplicates()
     return counts
+
+
+def _last_layer(decoder: Params, config: T5Config) -> Params:
+    """Arrays of the last decoder layer; writing to them writes to the decoder's."""
+    if config.scan_layers:
+        return jax.tree.map(lambda x: x[-1], decoder["layers"])
+    return decoder[f"layers_{config.num_decoder_layers - 1}"]
 
 
 def _silence(params: Params) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 
 from genret_jax.errors import UserError
+from genret_jax.modeling.stacking import is_in_stack, layer_rank
 
 OPTIMIZERS = ("adamw", "adafactor")
 Rate = float | jax.Array | Callable[[jax.Array], jax.Array]
@@ -56,11 +57,48 @@ def optimizer_at(
             learning_rate,
             b2=0.98,
             weight_decay=weight_decay,
-            mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
+            mask=lambda params: jax.tree_util.tree_map_with_path(_is_matrix, params),
         )
     else:
-        optimizer = optax.adafactor(learning_rate, decay_rate=0.8)
+        optimizer = _adafactor(learning_rate)
     return optax.chain(optax.clip_by_global_norm(clip_norm), optimizer) if clip_norm else optimizer
+
+
+def _is_matrix(path: Any, param: jax.Array) -> bool:
+    """Whether a parameter is a matrix of one layer: norm scales of stacked layers are not."""
+    return layer_rank(path, param) > 1
+
+
+def _adafactor(learning_rate: Rate) -> optax.GradientTransformation:
+    """`optax.adafactor`, whose sizes are those of one layer where layers are stacked.
+
+    The state is that of optax, too. Moments are factored over the two longest axes, which a stack
+    of fewer than 128 layers, from where on optax factors, is not among.
+    """
+    return optax.chain(
+        optax.scale_by_factored_rms(decay_rate=0.8),
+        _layer_by_layer(optax.clip_by_block_rms(1.0)),
+        optax.scale_by_learning_rate(learning_rate, flip_sign=False),
+        _layer_by_layer(optax.scale_by_param_block_rms()),
+        optax.scale(-1),
+    )
+
+
+def _layer_by_layer(stateless: optax.GradientTransformation) -> optax.GradientTransformation:
+    """A transformation of each parameter by itself, to which a stack is several parameters."""
+
+    def update(
+        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
+        def one(update: jax.Array, param: jax.Array) -> jax.Array:
+            return stateless.update(update, state, param)[0]
+
+        def whole(path: Any, update: jax.Array, param: jax.Array) -> jax.Array:
+            return (jax.vmap(one) if is_in_stack(path) else one)(update, param)
+
+        return jax.tree_util.tree_map_with_path(whole, updates, params), state
+
+    return optax.GradientTransformation(stateless.init, update)
 
 
 class Start(NamedTuple):
@@ -82,10 +120,10 @@ def pull_to_start(rate: float | jax.Array) -> optax.GradientTransformation:
     def update(
         updates: optax.Updates, state: Start, params: optax.Params | None = None
     ) -> tuple[optax.Updates, Start]:
-        def pulled(update: jax.Array, param: jax.Array, start: jax.Array) -> jax.Array:
-            return update + rate * (start - param) if param.ndim > 1 else update
+        def pulled(path: Any, update: jax.Array, param: jax.Array, start: jax.Array) -> jax.Array:
+            return update + rate * (start - param) if _is_matrix(path, param) else update
 
-        return jax.tree.map(pulled, updates, params, state.params), state
+        return jax.tree_util.tree_map_with_path(pulled, updates, params, state.params), state
 
     return optax.GradientTransformation(init, update)
 

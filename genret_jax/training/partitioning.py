@@ -23,6 +23,7 @@ RULES: dict[str, str | None] = {
     "joined_kv": "model",
     "embed": None,
     "relpos_buckets": None,
+    "layers": None,
 }
 
 

@@ -24,6 +24,7 @@ from genret_jax.docids.collisions import text_of_label
 from genret_jax.docids.table import FIRST_ID, DocidTable
 from genret_jax.modeling.model import Params
 from genret_jax.modeling.network import T5Config
+from genret_jax.modeling.stacking import unstack_layers, with_layers
 from genret_jax.pretrained.checkpoint import Checkpoint
 from genret_jax.vocabularies import UNK, Vocabulary
 
@@ -52,7 +53,7 @@ def pretrained_start(
     Returns:
       A tree of the same shapes; no array is shared with `params`.
     """
-    fresh = traverse_util.flatten_dict(params, sep="/")
+    fresh = traverse_util.flatten_dict(unstack_layers(params), sep="/")
     found = traverse_util.flatten_dict(checkpoint.params(), sep="/")
     pieces = token_pieces(table, vocabulary)
     rng = np.random.default_rng([seed, 23])
@@ -66,7 +67,8 @@ def pretrained_start(
     found[_EMBEDDING] = grown(found[_EMBEDDING], 1 / gain if tied else np.inf)
     if not tied:
         found[_OUTPUT] = np.ascontiguousarray(grown(found[_OUTPUT].T, 1 / gain).T)
-    return traverse_util.unflatten_dict({**jax.tree.map(np.array, fresh), **found}, sep="/")
+    start = traverse_util.unflatten_dict({**jax.tree.map(np.array, fresh), **found}, sep="/")
+    return with_layers(start, stacked=config.scan_layers)
 
 
 def token_pieces(table: DocidTable, vocabulary: Vocabulary) -> list[list[int]]:
