@@ -74,6 +74,37 @@ class TailFn(Protocol):
 
 
 @struct.dataclass
+class Trail:
+    """Every hypothesis that the beam has held, step by step.
+
+    After step n a hypothesis is a prefix of n + 1 tokens, or an identifier that has ended before.
+    The rows of the trie that begin with it are `begin .. end - 1`. Steps that the search did not
+    take one by one (the tails) have none.
+
+    Attributes:
+      begin, end: int32[batch, length, beam]; both 0 where there is no hypothesis.
+      scores: float32[batch, length, beam], log p of the prefix; -inf where there is none.
+    """
+
+    begin: Int[Array, "batch length beam"]
+    end: Int[Array, "batch length beam"]
+    scores: Float[Array, "batch length beam"]
+
+    @classmethod
+    def empty(cls, batch: int, length: int, beam: int) -> Trail:
+        none = jnp.zeros((batch, length, beam), jnp.int32)
+        return cls(none, none, jnp.full(none.shape, -jnp.inf, jnp.float32))
+
+    def after(self, front: _Front, step: Array) -> Trail:
+        """With the hypotheses after one more step."""
+        return Trail(
+            self.begin.at[:, step].set(front.begin),
+            self.end.at[:, step].set(front.end),
+            self.scores.at[:, step].set(front.scores),
+        )
+
+
+@struct.dataclass
 class BeamResult:
     """The best identifiers of each query, best first.
 
@@ -82,12 +113,14 @@ class BeamResult:
       scores: float32[batch, beam], log p of the identifier, descending; -inf where not valid.
       row: int32[batch, beam], row of the trie; -1 where not valid.
       valid: bool[batch, beam], whether the hypothesis is an identifier that exists.
+      trail: of the search, where it was asked for.
     """
 
     tokens: Int[Array, "batch beam length"]
     scores: Float[Array, "batch beam"]
     row: Int[Array, "batch beam"]
     valid: Bool[Array, "batch beam"]
+    trail: Trail | None = None
 
 
 @struct.dataclass
@@ -113,6 +146,7 @@ class _Beams:
     front: _Front
     position: Array  # int32 scalar, tokens written so far
     cache: Any
+    trail: Trail | None
 
 
 def constrained_beam_search(
@@ -124,6 +158,7 @@ def constrained_beam_search(
     beam: int,
     normaliser: str = "vocabulary",
     tail_fn: TailFn | None = None,
+    trail: bool = False,
 ) -> BeamResult:
     """The `beam` most probable identifiers of each query that a beam search finds.
 
@@ -140,6 +175,7 @@ def constrained_beam_search(
         is renormalised over the tokens that the trie allows there, as T5X's search does, so that
         the rest of an identifier is certain when it is the only one.
       tail_fn: scores in one pass what step_fn would in several; without it, all is done by steps.
+      trail: whether to keep all hypotheses of all steps, too.
 
     Returns:
       BeamResult with `beam` entries a query; those beyond the identifiers found are not valid.
@@ -162,9 +198,11 @@ def constrained_beam_search(
         front, parent = jax.lax.switch(
             which, ways, beams.front, logits.astype(jnp.float32), beams.position
         )
-        return _Beams(front, beams.position + 1, _of_parents(cache, parent))
+        kept = beams.trail and beams.trail.after(front, beams.position)
+        return _Beams(front, beams.position + 1, _of_parents(cache, parent), kept)
 
-    beams = _Beams(_root(batch, trie), jnp.zeros((), jnp.int32), cache)
+    kept = Trail.empty(batch, trie.max_length, beam) if trail else None
+    beams = _Beams(_root(batch, trie), jnp.zeros((), jnp.int32), cache, kept)
     beams = grow(beams, (0,))
     beams = jax.lax.while_loop(
         lambda b: (b.front.size > 1).any() | (_remaining(b, trie) > tail),
@@ -182,6 +220,7 @@ def constrained_beam_search(
         scores=scores,
         row=jnp.where(valid, row, -1),
         valid=valid,
+        trail=beams.trail,
     )
 
 

@@ -91,6 +91,7 @@ def build_index(
     vocabulary: VocabularyConfig,
     pairs: Sequence[tuple[str, int]] = (),
     seed: int = 0,
+    marks: Sequence[str] = ("<document>",),
 ) -> Index:
     """Makes the index of a corpus in `folder`, whole or not at all; opens one made before.
 
@@ -102,6 +103,7 @@ def build_index(
       pairs: train (query, position of a relevant document): the vocabulary is trained on their
         queries too, and docids may be made from them. Never dev or test queries.
       seed: of clustering.
+      marks: without docids, the tokens that stand in their place in the vocabulary.
 
     Raises:
       UserError: when `folder` holds an index of something else.
@@ -130,7 +132,7 @@ def build_index(
         for query, position in pairs:
             texts[position] += f" {query}"
     if docids is None:
-        table = no_docids(len(corpus.documents))
+        table = no_docids(len(corpus.documents), marks)
     else:
         table = build_docids(
             docids.kind,
@@ -168,9 +170,9 @@ def _text_model(config: VocabularyConfig, texts: Sequence[str]) -> bytes:
     return train_text_model(texts, size=config.size, casefold=config.casefold)
 
 
-def no_docids(documents: int) -> DocidTable:
+def no_docids(documents: int, marks: Sequence[str] = ("<document>",)) -> DocidTable:
     """One and the same docid for all documents: it tells nothing."""
-    labels = (PAD_LABEL, EOS_LABEL, "<document>")
+    labels = (PAD_LABEL, EOS_LABEL, *marks)
     rows = [[FIRST_ID]] * documents
     return DocidTable.from_sequences(rows, range(documents), labels, NO_DOCIDS, {})
 

@@ -6,7 +6,8 @@ A recipe whose SearcherConfig names a module is made and opened by that module's
                                                              that is there; gives what is to be said
     load(folder: Path) -> Searcher                           opens it
 
-A module whose searcher is the same whatever the seed says TRAINED = False.
+A module whose searcher is the same whatever the seed says TRAINED = False. One whose searcher is
+no dual encoder says GROUP: "lexical", "dense" or "generative", where a comparison puts it.
 `fit` may give "dev" (dev metrics) and "training" (such as steps), and whatever else belongs into
 retriever.json. So a new method is a gin file and, where no module here makes it, a module.
 
@@ -205,6 +206,14 @@ def open_searcher(folder: str | Path) -> Opened:
 def is_trained(recipe: Recipe) -> bool:
     """Whether a method's result depends on seed and time, so that it is worth another seed."""
     return not recipe.searcher.module or getattr(_module(recipe.searcher.module), "TRAINED", True)
+
+
+def group(recipe: Recipe) -> str:
+    """Where a comparison puts a method: "lexical", "dense" or "generative"."""
+    if not recipe.searcher.module:
+        return "generative"
+    default = "dense" if is_trained(recipe) else "lexical"
+    return str(getattr(_module(recipe.searcher.module), "GROUP", default))
 
 
 def _module(name: str) -> ModuleType:

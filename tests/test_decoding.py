@@ -138,8 +138,8 @@ def table_tail(table):
     return tail
 
 
-@functools.partial(jax.jit, static_argnames=("beam", "normaliser", "tails"))
-def search(table, start, trie, *, beam, normaliser="vocabulary", tails=False):
+@functools.partial(jax.jit, static_argnames=("beam", "normaliser", "tails", "trail"))
+def search(table, start, trie, *, beam, normaliser="vocabulary", tails=False, trail=False):
     return constrained_beam_search(
         table_step(table),
         {"state": start[:, None]},
@@ -148,6 +148,7 @@ def search(table, start, trie, *, beam, normaliser="vocabulary", tails=False):
         beam=beam,
         normaliser=normaliser,
         tail_fn=table_tail(table) if tails else None,
+        trail=trail,
     )
 
 
@@ -190,8 +191,11 @@ def exhaustive(table, start, ids, normaliser) -> dict[tuple[int, ...], float]:
     return {i: score(i) for i in ids}
 
 
-def plain_search(table, start, ids, beam, normaliser):
-    """A beam search as one writes it in Python, and the smallest gap at which it cut."""
+def plain_search(table, start, ids, beam, normaliser, trail=None):
+    """A beam search as one writes it in Python, and the smallest gap at which it cut.
+
+    The beam after each step is appended to `trail`.
+    """
     children = children_of(ids)
     beams, gap = [(0.0, ())], math.inf
     while any(prefix not in ids for _, prefix in beams):
@@ -207,6 +211,8 @@ def plain_search(table, start, ids, beam, normaliser):
         if len(grown) > beam:
             gap = min(gap, grown[beam - 1][0] - grown[beam][0])
         beams = grown[:beam]
+        if trail is not None:
+            trail.append({prefix: score for score, prefix in beams})
     return {prefix: score for score, prefix in beams}, gap
 
 
@@ -288,6 +294,45 @@ def test_a_small_beam_finds_what_a_search_in_python_finds(sequences, seed, beam,
     result = search(table, start, device(trie), beam=beam, normaliser=normaliser, tails=tails)
     for query in range(BATCH):
         assert_same(found(result, trie, ids, query), expected[query][0])
+
+
+@settings(max_examples=40)
+@given(
+    sequences=sequence_sets(),
+    seed=st.integers(0, 10**6),
+    beam=st.sampled_from([1, 4]),
+    path=st.sampled_from(PATHS),
+)
+@example(sequences=SKEWED, seed=4, beam=4, path=(roomy, True))
+@example(sequences=NESTED, seed=2, beam=4, path=(dense, False))
+def test_the_trail_is_every_beam_of_a_search_in_python(sequences, seed, beam, path):
+    trie, ids = make_trie(sequences)
+    table, start = make_model(seed)
+    device, tails = path
+    result = search(table, start, device(trie), beam=beam, tails=tails, trail=True)
+    plain = search(table, start, device(trie), beam=beam, tails=tails)
+    assert plain.trail is None and (plain.row == result.row).all()
+    begin, end, scores = (np.asarray(x) for x in dataclasses.astuple(result.trail))
+    for query in range(BATCH):
+        expected: list[dict] = []
+        _, gap = plain_search(table, start[query], ids, beam, "vocabulary", expected)
+        assume(gap > 1e-3)
+        taken = 0
+        for step, beams in enumerate(expected):
+            held = np.flatnonzero(np.isfinite(scores[query, step]))
+            ours = {}
+            for b, e, score in zip(
+                *(x[query, step, held] for x in (begin, end, scores)), strict=True
+            ):
+                prefix = tuple(t for t in trie.rows[b, : step + 1].tolist() if t)
+                starting = (trie.rows[:, : len(prefix)] == prefix).all(1)
+                assert np.flatnonzero(starting).tolist() == list(range(b, e))
+                ours[prefix] = float(score)
+            if ours or not tails:  # the tails are no steps
+                assert_same(ours, beams)
+                taken += 1
+        choice = [any((begin + 1 < end)[query, step]) for step in range(len(expected))]
+        assert taken > max((step for step, some in enumerate(choice) if some), default=-1)
 
 
 @settings(max_examples=80)

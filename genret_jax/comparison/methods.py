@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from genret_jax.errors import UserError
 from genret_jax.harness.rows import Entry
 from genret_jax.recipe import Recipe, description, methods
-from genret_jax.searchers import is_trained
+from genret_jax.searchers import group, is_trained
 
 _FUSIONS = {
     "rrf": "reciprocal rank fusion (k = 60) of {} and {}",
@@ -64,8 +64,13 @@ def chosen_methods(names: Sequence[str], recipe: Callable[[str], Recipe]) -> lis
 
 def _method(name: str, recipe: Callable[[str], Recipe]) -> Method:
     made = recipe(name)
-    if made.searcher.module:
-        trained = is_trained(made)
-        group = "dense" if trained else "lexical"
-        return Method(name, description(name), group, trained=trained)
-    return Method(name, description(name), "generative", docids=made.docids.kind)
+    kind = group(made)
+    # A module that generates has identifiers of its own kind: its method's.
+    docids = name if made.searcher.module else made.docids.kind
+    return Method(
+        name,
+        description(name),
+        kind,
+        docids=docids if kind == "generative" else "",
+        trained=is_trained(made),
+    )

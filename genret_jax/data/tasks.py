@@ -80,7 +80,7 @@ def register(
     if indexing_share > 0 or not rates:
         pieces = functools.partial(
             document_pieces,
-            lengths=_span_lengths(examples),
+            lengths=span_lengths(examples),
             frames=examples.frames,
             title_share=title_share,
             frame_share=frame_share if len(examples.frames) else 0.0,
@@ -174,7 +174,7 @@ def _docid(docids: tf.Tensor, row: tf.Tensor) -> tf.Tensor:
     return tokens[: tf.math.count_nonzero(tokens, dtype=tf.int32)]
 
 
-def _span_lengths(examples: TrainingExamples) -> np.ndarray:
+def span_lengths(examples: TrainingExamples) -> np.ndarray:
     """int32[101]: quantiles of the lengths of queries; 8 to 32 where there are none."""
     if not len(examples.queries):
         return np.linspace(8, 32, 101).astype(np.int32)

@@ -234,6 +234,7 @@ class RetrievalModel:
         *,
         beam: int,
         normaliser: str = "vocabulary",
+        trail: bool = False,
     ) -> BeamResult:
         """Constrained beam search; the encoder runs once a query. See `constrained_beam_search`."""
         variables = {"params": params}
@@ -263,7 +264,14 @@ class RetrievalModel:
 
         cache = empty_cache(self.config, batch, 1, trie.max_length)
         return constrained_beam_search(
-            step, cache, trie, batch=batch, beam=beam, normaliser=normaliser, tail_fn=tail
+            step,
+            cache,
+            trie,
+            batch=batch,
+            beam=beam,
+            normaliser=normaliser,
+            tail_fn=tail,
+            trail=trail,
         )
 
     def search_and_embed(

@@ -134,13 +134,14 @@ class Materials:
             seed=self.recipe.train.seed,
         )
 
-    def batches(self, pools: Sequence[Pool], *, batch_size: int) -> Batches:
+    def batches(self, pools: Sequence[Pool], *, batch_size: int, longest: int = 0) -> Batches:
+        """Batches of the pools, whose inputs have `longest` tokens (by default input_length)."""
         used = np.concatenate([(p.arrays["encoder_input_tokens"] > 0).sum(1) for p in pools])
         mesh = partitioning.make_mesh(model_parallel=self.recipe.train.model_parallel)
         return Batches(
             pools,
             batch_size=batch_size,
             seed=self.recipe.train.seed,
-            buckets=length_buckets(used, self.input_length),
+            buckets=length_buckets(used, longest or self.input_length),
             shard=partitioning.share_of_batch(mesh),
         )

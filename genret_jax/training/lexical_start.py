@@ -62,8 +62,67 @@ def lexical_start(
     Returns:
       A tree of the same shapes.
     """
-    rank = min(config.embed_dim - 1, config.num_heads * config.head_dim)
+    rank = _rank(config)
     pieces, documents = semantic_vectors(examples, docids.start, rank=rank, seed=seed)
+    columns = _docid_columns(examples, documents, docids)
+    return _matching(params, config, pieces, columns, docids.start, seed)
+
+
+def lexical_writer(
+    params: Params,
+    examples: TrainingExamples,
+    config: T5Config,
+    pieces: int,
+    *,
+    seed: int = 0,
+) -> Params:
+    """The same where the decoder writes text pieces: one is likely where its documents are.
+
+    The column of a piece is the mean direction of the documents that hold it, so the first piece
+    is scored by the query, and each further one by the query and the piece before it.
+
+    Args:
+      params, examples, config, seed: as in `lexical_start`.
+      pieces: text pieces in the vocabulary. Rows behind them begin alike and tell nothing yet.
+
+    Returns:
+      A tree of the same shapes.
+    """
+    vectors, documents = semantic_vectors(examples, pieces, rank=_rank(config), seed=seed)
+    held = _counts(examples, pieces).tocsr()
+    held.data[:] = 1.0
+    columns = _directions(np.asarray(held.T @ documents))
+    params = _matching(params, config, vectors, columns[2:], 2, seed)
+    embedding = params["token_embedder"]["embedding"]
+    embedding[pieces:] = 0.0
+    embedding[pieces:, -1] = config.embed_dim**0.5
+    return params
+
+
+def _rank(config: T5Config) -> int:
+    """Dimensions that the embedding and the heads of cross-attention have room for."""
+    return min(config.embed_dim - 1, config.num_heads * config.head_dim)
+
+
+def _matching(
+    params: Params,
+    config: T5Config,
+    pieces: np.ndarray,
+    columns: np.ndarray,
+    start: int,
+    seed: int,
+) -> Params:
+    """Parameters whose first decoder state is the sum of the input's pieces.
+
+    Args:
+      params: fresh ones; copied.
+      config: of the network.
+      pieces: float32[pieces, rank], vectors.
+      columns: float32[tokens, rank], of length one or zero, of the tokens that are written.
+      start: the id of the first of these.
+      seed: of the rotation.
+    """
+    rank = pieces.shape[1]
     params = jax.tree.map(np.array, params)
     _silence(params)
     _set_embeddings(params["token_embedder"]["embedding"], pieces)
@@ -71,8 +130,8 @@ def lexical_start(
     _set_attention(layer["encoder_decoder_attention"], rank, seed)
     for side in ("encoder", "decoder"):
         params[side][f"{side}_norm"]["scale"] /= _GAIN
-    columns = _docid_columns(examples, documents, docids) * _SHARPNESS * _GAIN
-    block = slice(docids.start, docids.start + docids.size - 2)
+    columns = columns * _SHARPNESS * _GAIN
+    block = slice(start, start + len(columns))
     if config.tied_embeddings:
         # The network multiplies by embed^-1/2 where input and output share the embedding.
         rows = np.zeros((len(columns), config.embed_dim), np.float32)
@@ -235,6 +294,10 @@ def _docid_columns(
     columns = np.zeros((docids.size, documents.shape[1]), np.float32)
     for tokens in rows.T:
         np.add.at(columns, tokens, documents)
-    columns = columns[2:]
-    lengths = np.linalg.norm(columns, axis=1, keepdims=True)
-    return columns / np.where(lengths > 1e-6, lengths, 1.0)
+    return _directions(columns[2:])
+
+
+def _directions(rows: np.ndarray) -> np.ndarray:
+    """Rows of length one; zero ones stay so."""
+    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+    return rows / np.where(lengths > 1e-6, lengths, 1.0)

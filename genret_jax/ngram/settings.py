@@ -1,0 +1,56 @@
+"""What `SearcherConfig.settings` of method `ngram` may say."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from genret_jax.errors import UserError
+
+VIEWS = ("text", "title", "queries")  # in the order of their marks in the vocabulary
+
+
+@dataclasses.dataclass(frozen=True)
+class NgramSettings:
+    """Attributes:
+    views: of a document, at most; of a corpus that has none of a view (no titles, no train
+      queries) there is none. "text": n-grams of title and text; "title": whole titles; "queries":
+      n-grams of its train queries and pseudo-queries. With all three it is MINDER's.
+    length: tokens of an n-gram, at most; titles are cut to it.
+    beam: hypotheses of the search of each view.
+    spans: n-grams drawn of a relevant document for each train query.
+    alpha, beta, smoothing, rare, candidates: see `genret_jax.ngram.scoring`.
+    pseudo_queries: path of a file that `genret pseudo-queries` wrote; "" for none. They are
+      learned from as train queries are, and stand in the view "queries".
+    """
+
+    views: Sequence[str] = ("text", "title")
+    length: int = 10
+    beam: int = 15
+    spans: int = 10
+    alpha: float = 2.0
+    beta: float = 0.8
+    smoothing: float = 5.0
+    rare: int = 1500
+    candidates: int = 500
+    pseudo_queries: str = ""
+
+    def __post_init__(self) -> None:
+        views = list(self.views) if isinstance(self.views, list | tuple) else []
+        if not views or len(set(views)) < len(views) or not set(views) <= set(VIEWS):
+            raise _wrong("views", self.views, f"some of {', '.join(map(repr, VIEWS))}, once each")
+        for name in ("length", "beam", "spans", "rare", "candidates"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise _wrong(name, value, "a whole number from 1 up")
+        for name, most in (("alpha", float("inf")), ("smoothing", float("inf")), ("beta", 1.0)):
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not 0 <= value <= most:
+                bound = "" if most > 1 else " and at most 1"
+                raise _wrong(name, value, f"a number from 0 up{bound}")
+        if not isinstance(self.pseudo_queries, str):
+            raise _wrong("pseudo_queries", self.pseudo_queries, "a path")
+
+
+def _wrong(name: str, value: object, wanted: str) -> UserError:
+    return UserError(f"SearcherConfig.settings: {name} is {value!r}, but must be {wanted}")
