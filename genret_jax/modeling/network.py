@@ -503,6 +503,23 @@ class T5(nn.Module):
         decoded = self.decode(encoded, encoder_tokens, decoder_tokens, deterministic=deterministic)
         return encoded, decoded
 
+    def recur(
+        self, encoded: Array, encoder_tokens: Array, steps: int, *, deterministic: bool = True
+    ) -> Array:
+        """Decoder states [batch, steps, embed], each fed with the state before it.
+
+        No token is read but the first, 0: what the decoder says does not hang on what is written.
+        With dropout, the layers over the states before are computed anew for every step, and draw
+        anew.
+        """
+        bias = padding_bias(encoder_tokens)
+        fed = self.token_embedder(jnp.zeros((encoded.shape[0], 1), jnp.int32))
+        states: list[Array] = []
+        for _ in range(steps):
+            states.append(self.decoder(fed, encoded, bias, deterministic)[:, -1:])
+            fed = jnp.concatenate([fed, states[-1]], axis=1)
+        return fed[:, 1:]
+
     def output_columns(self, select: Any) -> Array:
         """The output matrix after `select`, a function of [embed, vocab] -> [embed, chosen]."""
         if self.config.tied_embeddings:
