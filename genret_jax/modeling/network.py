@@ -1,9 +1,10 @@
 """T5 (1.0 and 1.1) in Flax Linen, with T5X's parameter names and logical axes.
 
-The parameters of a network made here and of T5X's own `t5.network` have the same tree, shapes and
-logical axis names, so that checkpoints and sharding rules pass between the two. What differs is
-the decoding side: the keys and values of the encoder output are projected once a query and are
-never copied for each beam, and the cache is a plain pytree that the caller holds.
+Without an adaptor, the parameters of a network made here and of T5X's own `t5.network` have one
+tree, the same shapes and logical axis names, so that checkpoints and sharding rules pass between
+the two. What differs is the decoding side: the keys and values of the encoder output are projected
+once a query and are never copied for each beam, and the cache is a plain pytree that the caller
+holds.
 
 Axes used in shapes: batch, length, beam, embed, heads, kv, mlp, vocab.
 """
@@ -21,6 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from flax.linen import partitioning
+
+from genret_jax.modeling.prefix_adaptor import PrefixAdaptor
 
 Array = jax.Array
 NEGATIVE = (
@@ -52,6 +55,7 @@ class T5Config:
       dtype: of activations, "float32" or "bfloat16"; parameters are always float32.
       learned_temperature: one more parameter, `log_temperature`, a scalar that begins at 0, for
         contrastive losses; T5X's own network has none.
+      adaptor_rank: of a `PrefixAdaptor` over the decoder's states; 0 for none, as T5 has it.
       remat: recompute each layer in the backward pass: less memory, about a third more time.
     """
 
@@ -71,6 +75,7 @@ class T5Config:
     feed_forward: str = "gated-gelu"
     layer_norm_epsilon: float = 1e-6
     learned_temperature: bool = False
+    adaptor_rank: int = 0
     remat: bool = False
 
 
@@ -80,9 +85,11 @@ class DecodingCache:
 
     Attributes:
       self_kv: per layer (keys, values), each [batch, beam, max_length, heads, kv].
+      prefix: [batch, beam, rank], of the adaptor; None without one.
     """
 
     self_kv: tuple[tuple[Array, Array], ...]
+    prefix: Array | None = None
 
 
 @struct.dataclass
@@ -397,6 +404,8 @@ class Decoder(nn.Module):
         self.dropout = nn.Dropout(c.dropout_rate, broadcast_dims=(-2,))
         if not c.tied_embeddings:
             self.logits_dense = OutputMatrix(c)
+        if c.adaptor_rank:
+            self.prefix_adaptor = PrefixAdaptor(c.embed_dim, c.adaptor_rank, c.dtype)
 
     def __call__(
         self, embedded: Array, encoded: Array, cross_bias: Array, deterministic: bool
@@ -407,7 +416,17 @@ class Decoder(nn.Module):
         x = self.dropout(embedded, deterministic)
         for layer in self.layers:
             x = layer(x, encoded, bias, cross_bias, deterministic)
-        return self.dropout(self.decoder_norm(x), deterministic)
+        return self._adapted(self.dropout(self.decoder_norm(x), deterministic), embedded, positions)
+
+    def _adapted(
+        self, states: Array, embedded: Array, positions: Array, before: Array | None = None
+    ) -> Array:
+        """States [..., length, embed] by the prefixes, whose sum was `before` [..., rank]."""
+        if not self.config.adaptor_rank:
+            return states
+        prefix = jnp.cumsum(self.prefix_adaptor.terms(embedded, positions), axis=-2)
+        prefix = prefix if before is None else prefix + before[..., None, :]
+        return self.prefix_adaptor(states, prefix)
 
     def cross_kv(self, encoded: Array) -> tuple[tuple[Array, Array], ...]:
         return tuple(layer.cross_kv(encoded) for layer in self.layers)
@@ -424,7 +443,11 @@ class Decoder(nn.Module):
         ):
             x, self_kv = layer.step(x, position, self_kv, bias, cross_kv, cross.bias)
             updated.append(self_kv)
-        return self.decoder_norm(x), DecodingCache(tuple(updated))
+        x, prefix = self.decoder_norm(x), cache.prefix
+        if prefix is not None:
+            prefix = prefix + self.prefix_adaptor.terms(embedded, position)
+            x = self.prefix_adaptor(x, prefix)
+        return x, DecodingCache(tuple(updated), prefix)
 
     def tail(
         self, embedded: Array, position: Array, cache: DecodingCache, cross: CrossCache
@@ -444,7 +467,7 @@ class Decoder(nn.Module):
             self.layers, cache.self_kv, cross.cross_kv, strict=True
         ):
             x = layer.tail(x, self_kv, bias, cross_kv, cross.bias)
-        return self.decoder_norm(x)
+        return self._adapted(self.decoder_norm(x), embedded, new, cache.prefix)
 
 
 class OutputMatrix(nn.Module):
@@ -563,4 +586,8 @@ def empty_cache(config: T5Config, batch: int, beam: int, max_length: int) -> Dec
     """A cache for `max_length` steps of `batch` x `beam` hypotheses, all zero."""
     shape = (batch, beam, max_length, config.num_heads, config.head_dim)
     zero = jnp.zeros(shape, config.dtype)
-    return DecodingCache(tuple((zero, zero) for _ in range(config.num_decoder_layers)))
+    prefix = jnp.zeros((batch, beam, config.adaptor_rank), config.dtype)
+    return DecodingCache(
+        tuple((zero, zero) for _ in range(config.num_decoder_layers)),
+        prefix if config.adaptor_rank else None,
+    )
