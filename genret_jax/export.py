@@ -38,12 +38,17 @@ def export_retriever(retriever: Retriever, folder: str | Path) -> dict[str, Any]
       tokens begin.
 
     Raises:
-      UserError: the folder is there and not empty.
+      UserError: the folder is there and not empty, or the network is no T5.
     """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: is there already; choose another --out, or delete it")
     vocabulary, config = retriever.index.vocabulary, T5Config(**retriever.about["network"])
+    if config.adaptor_rank:
+        raise UserError(
+            f"{retriever.folder}: its decoder has a prefix adaptor (NetworkConfig.adaptor_rank is "
+            f"{config.adaptor_rank}), which no T5 has; only methods without one can be exported"
+        )
     with replace_on_success(folder) as temporary:
         temporary.mkdir()
         write_checkpoint(retriever.params, config, temporary, text_model=vocabulary.model)

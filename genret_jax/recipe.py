@@ -43,6 +43,7 @@ class NetworkConfig:
     relative_max_distance: int = 128
     feed_forward: str = "gated-gelu"
     layer_norm_epsilon: float = 1e-6
+    adaptor_rank: int = 0
     remat: bool = False
     scan_layers: bool = False
 
@@ -111,10 +112,16 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """See `genret_jax.modeling.losses.docid_cross_entropy`."""
+    """See `genret_jax.modeling.losses.docid_cross_entropy`.
+
+    Attributes:
+      r_drop: weight of the divergence of two passes with dropout, in stage 1 alone; see
+        `genret_jax.modeling.losses.symmetric_divergence`. A step then takes about twice as long.
+    """
 
     label_smoothing: float = 0.1
     z_loss: float = 0.0
+    r_drop: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -430,7 +437,15 @@ def load_generator_recipe(
     """The same for a generator of queries, which begins with generators/doc2query.gin."""
     base = gin_folder() / "generators" / "doc2query.gin"
     sources = [base, *_files(size, gin_files)]
-    return GeneratorRecipe(**_read(GeneratorRecipe, sources, bindings, what="the query generator"))
+    recipe = GeneratorRecipe(
+        **_read(GeneratorRecipe, sources, bindings, what="the query generator")
+    )
+    if recipe.loss.r_drop:
+        raise UserError(
+            f"LossConfig.r_drop is {recipe.loss.r_drop}, and a generator of queries has no such "
+            "loss; leave it out"
+        )
+    return recipe
 
 
 def _files(size: str | None, more: Sequence[str | Path]) -> list[Path]:
@@ -511,6 +526,7 @@ _MAY_BE_ZERO = (
     "queries",
     "chunk",
     "rows",
+    "adaptor_rank",
 )
 _LEAST = {"document_length": 4, "relative_buckets": 4}
 _POSITIVE = ("temperature", "learning_rate", "layer_norm_epsilon")
@@ -525,6 +541,7 @@ _NOT_NEGATIVE = (
     "weight_decay",
     "clip_norm",
     "z_loss",
+    "r_drop",
 )
 # Fields that name one of a few.
 _CHOICES = {

@@ -17,7 +17,7 @@ from genret_jax.docids import features, keywords, terms
 from genret_jax.docids.build import KINDS, build_docids
 from genret_jax.errors import UserError
 
-COLLIDING = ("keywords", "title", "pq", "rq")
+COLLIDING = ("keywords", "subwords", "title", "pq", "rq")
 
 
 # ---------------------------------------------------------------- what holds for every family

@@ -20,14 +20,14 @@ ROOMS = """
     docids device_trie trie live_trie vocabularies decoding
     modeling pretrained scoring ranking vectors
     recipe splitting indexing negatives data training
-    weights retriever export pseudo_queries dense ngram stages t5x fit searchers
+    weights retriever export pseudo_queries dense ngram glen stages t5x fit searchers
     harness comparison ablation quickstart
     __init__ cli __main__
 """.split()  # noqa: SIM905
 
 # (room, room to its right): imported inside a function only, so that neither needs the other to
 # load. Retriever.fit(...) is `fit.fit(...)` where a user looks for it first.
-SHORTCUTS = {("retriever", "fit"), ("dense", "stages"), ("ngram", "stages")}
+SHORTCUTS = {("retriever", "fit"), ("dense", "stages"), ("ngram", "stages"), ("glen", "stages")}
 
 # Rooms that may import TensorFlow or SeqIO by name.
 TENSORFLOW_ROOMS = {"data", "t5x"}
@@ -43,6 +43,7 @@ SEARCH_MODULES = [
     "genret_jax.retriever",
     "genret_jax.dense",
     "genret_jax.ngram",
+    "genret_jax.glen",
     "genret_jax.searchers",
 ]
 NOT_ON_THE_SEARCH_PATH = ["tensorflow", "seqio", "sklearn", "matplotlib"]

@@ -11,6 +11,7 @@ from genret_jax.docids.clusters import hierarchical_docids
 from genret_jax.docids.keywords import keyword_docids
 from genret_jax.docids.numeric import atomic_docids, naive_docids
 from genret_jax.docids.quantisers import pq_docids, rq_docids
+from genret_jax.docids.subwords import subword_docids
 from genret_jax.docids.table import DocidTable, Setting
 from genret_jax.docids.title import title_docids
 from genret_jax.errors import UserError
@@ -44,6 +45,9 @@ class Kind:
 
 KINDS: Mapping[str, Kind] = {
     "keywords": Kind(keyword_docids, ("texts",), "the most important words of a document", "words"),
+    "subwords": Kind(
+        subword_docids, ("texts", "pieces"), "as many sub-word pieces for each document", "pieces"
+    ),
     "title": Kind(title_docids, ("documents", "pieces"), "the title in sub-word pieces", "pieces"),
     "atomic": Kind(atomic_docids, ("documents",), "one token a document"),
     "naive": Kind(naive_docids, ("documents", "seed"), "the digits of a document's number"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 
 @struct.dataclass
@@ -84,3 +84,29 @@ def docid_cross_entropy(
         "docid_accuracy": (right.all(-1) & rows).sum() / jnp.maximum(rows.sum(), 1),
     }
     return LossOutput(loss=loss + z, parts=parts, weight=weights.sum())
+
+
+def symmetric_divergence(
+    logits: Float[Array, "*rows length vocab"],
+    others: Float[Array, "*rows length vocab"],
+    counted: Bool[Array, "*rows length"],
+) -> Float[Array, ""]:
+    """(KL(p || q) + KL(q || p)) / 2, averaged over the tokens that count, in nats.
+
+    With two passes that draw different dropout this is R-Drop's consistency (Liang et al. 2021),
+    by which NCI (Wang et al. 2022) makes its decoder agree with itself.
+
+    Args:
+      logits, others: of p and q; -inf at the same places, for ids that are never written.
+      counted: False at padding.
+
+    Example:
+      >>> p, q = jnp.log(jnp.array([[[0.5, 0.5]], [[0.75, 0.25]]]))
+      >>> round(float(symmetric_divergence(p, q, jnp.ones(1, bool))), 4)  # log(3) / 8
+      0.1373
+    """
+    log_p, log_q = (jax.nn.log_softmax(x.astype(jnp.float32)) for x in (logits, others))
+    some = jnp.isfinite(log_p) & jnp.isfinite(log_q)
+    apart = jnp.where(some, log_p, 0.0) - jnp.where(some, log_q, 0.0)
+    both = 0.5 * ((jnp.exp(log_p) - jnp.exp(log_q)) * apart).sum(-1)
+    return jnp.where(counted, both, 0.0).sum() / jnp.maximum(counted.sum(), 1)

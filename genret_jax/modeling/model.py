@@ -38,6 +38,7 @@ class RetrievalModel:
 
     Attributes:
       label_smoothing, z_loss: see `losses.docid_cross_entropy`.
+      r_drop: weight of `losses.symmetric_divergence` between two passes in stage 1; 0 makes one.
       vector: which semantic vector; one of VECTORS.
     """
 
@@ -45,6 +46,7 @@ class RetrievalModel:
     docids: DocidSpace
     label_smoothing: float = 0.0
     z_loss: float = 0.0
+    r_drop: float = 0.0
     vector: str = "decoder_first"
 
     def __post_init__(self) -> None:
@@ -160,6 +162,9 @@ class RetrievalModel:
     ) -> tuple[Array, dict[str, Array]]:
         """Stage 1: docid cross-entropy from queries and documents alike.
 
+        With r_drop and dropout every example passes twice: the loss is the mean of both
+        cross-entropies, and r_drop times the divergence of the two predictions.
+
         Args:
           batch: T5X's names: encoder_input_tokens int32[batch, length], decoder_input_tokens,
             decoder_target_tokens int32[batch, docid length] in the model's id space, and
@@ -169,14 +174,27 @@ class RetrievalModel:
         Returns:
           The loss and the parts to log, float32 scalars.
         """
-        out = losses.docid_cross_entropy(
-            self.teacher_forced(params, batch, dropout_rng),
-            self.docids.to_local(batch["decoder_target_tokens"]),
-            batch["decoder_loss_weights"],
-            label_smoothing=self.label_smoothing,
-            z_loss=self.z_loss,
-        )
-        return out.loss, {"loss": out.loss, **out.parts}
+        rngs = [dropout_rng]
+        if self.r_drop and dropout_rng is not None:
+            rngs = [*jax.random.split(dropout_rng)]
+        passes = [self.teacher_forced(params, batch, rng) for rng in rngs]
+        weights = batch["decoder_loss_weights"]
+        outs = [
+            losses.docid_cross_entropy(
+                logits,
+                self.docids.to_local(batch["decoder_target_tokens"]),
+                weights,
+                label_smoothing=self.label_smoothing,
+                z_loss=self.z_loss,
+            )
+            for logits in passes
+        ]
+        mean = jax.tree.map(lambda *x: sum(x) / len(x), *outs)
+        if not self.r_drop:
+            return mean.loss, {"loss": mean.loss, **mean.parts}
+        apart = losses.symmetric_divergence(passes[0], passes[-1], weights > 0)
+        loss = mean.loss + self.r_drop * apart
+        return loss, {"loss": loss, **mean.parts, "r_drop": apart}
 
     def score(
         self,

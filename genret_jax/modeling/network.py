@@ -1,9 +1,10 @@
 """T5 (1.0 and 1.1) in Flax Linen, with T5X's parameter names and logical axes.
 
-The parameters of a network made here and of T5X's own `t5.network` have the same tree, shapes and
-logical axis names, so that checkpoints and sharding rules pass between the two. What differs is
-the decoding side: the keys and values of the encoder output are projected once a query and are
-never copied for each beam, and the cache is a plain pytree that the caller holds.
+Without an adaptor, the parameters of a network made here and of T5X's own `t5.network` have one
+tree, the same shapes and logical axis names, so that checkpoints and sharding rules pass between
+the two. What differs is the decoding side: the keys and values of the encoder output are projected
+once a query and are never copied for each beam, and the cache is a plain pytree that the caller
+holds.
 
 Axes used in shapes: batch, length, beam, embed, heads, kv, mlp, vocab.
 """
@@ -22,6 +23,7 @@ import numpy as np
 from flax import struct
 from flax.linen import partitioning
 
+from genret_jax.modeling.prefix_adaptor import PrefixAdaptor
 from genret_jax.modeling.stacking import through_layers
 
 Array = jax.Array
@@ -54,6 +56,7 @@ class T5Config:
       dtype: of activations, "float32" or "bfloat16"; parameters are always float32.
       learned_temperature: one more parameter, `log_temperature`, a scalar that begins at 0, for
         contrastive losses; T5X's own network has none.
+      adaptor_rank: of a `PrefixAdaptor` over the decoder's states; 0 for none, as T5 has it.
       remat: recompute each layer in the backward pass: less memory, about a third more time.
       scan_layers: stack the layers of a side and loop over them: a program of one layer instead of
         one of all, which compiles in a fraction of the time; see `stacking`. What is computed is
@@ -76,6 +79,7 @@ class T5Config:
     feed_forward: str = "gated-gelu"
     layer_norm_epsilon: float = 1e-6
     learned_temperature: bool = False
+    adaptor_rank: int = 0
     remat: bool = False
     scan_layers: bool = False
 
@@ -90,9 +94,11 @@ class DecodingCache:
     Attributes:
       self_kv: per layer (keys, values), each [batch, beam, max_length, heads, kv]; of stacked
         layers one pair, each [batch, beam, layers, max_length, heads, kv].
+      prefix: [batch, beam, rank], of the adaptor; None without one.
     """
 
     self_kv: tuple[KeysValues, ...] | KeysValues
+    prefix: Array | None = None
 
     @property
     def max_length(self) -> int:
@@ -414,6 +420,8 @@ class Decoder(nn.Module):
         self.dropout = nn.Dropout(c.dropout_rate, broadcast_dims=(-2,))
         if not c.tied_embeddings:
             self.logits_dense = OutputMatrix(c)
+        if c.adaptor_rank:
+            self.prefix_adaptor = PrefixAdaptor(c.embed_dim, c.adaptor_rank, c.dtype)
 
     def _through(self, body: Any, carry: Any, each: Any = None) -> tuple[Any, Any]:
         return through_layers(self.layers, body, carry, each, length=self.config.num_decoder_layers)
@@ -429,7 +437,18 @@ class Decoder(nn.Module):
             return layer(x, encoded, bias, cross_bias, deterministic), None
 
         x, _ = self._through(body, self.dropout(embedded, deterministic))
-        return self.dropout(self.decoder_norm(x), deterministic)
+        states = self.dropout(self.decoder_norm(x), deterministic)
+        return self._adapted(states, embedded, positions)
+
+    def _adapted(
+        self, states: Array, embedded: Array, positions: Array, before: Array | None = None
+    ) -> Array:
+        """States [..., length, embed] by the prefixes, whose sum was `before` [..., rank]."""
+        if not self.config.adaptor_rank:
+            return states
+        prefix = jnp.cumsum(self.prefix_adaptor.terms(embedded, positions), axis=-2)
+        prefix = prefix if before is None else prefix + before[..., None, :]
+        return self.prefix_adaptor(states, prefix)
 
     def cross_kv(self, encoded: Array) -> tuple[KeysValues, ...] | KeysValues:
         _, kv = self._through(lambda layer, _, __: (None, layer.cross_kv(encoded)), None)
@@ -459,7 +478,11 @@ class Decoder(nn.Module):
 
             each = zip(cache.self_kv, cross.cross_kv, strict=True)
             x, self_kv = self._through(alone, embedded, each)
-        return self.decoder_norm(x), DecodingCache(self_kv)
+        x, prefix = self.decoder_norm(x), cache.prefix
+        if prefix is not None:
+            prefix = prefix + self.prefix_adaptor.terms(embedded, position)
+            x = self.prefix_adaptor(x, prefix)
+        return x, DecodingCache(self_kv, prefix)
 
     def tail(
         self, embedded: Array, position: Array, cache: DecodingCache, cross: CrossCache
@@ -487,7 +510,7 @@ class Decoder(nn.Module):
         else:
             each = zip(cache.self_kv, cross.cross_kv, strict=True)
         x, _ = self._through(body, embedded, each)
-        return self.decoder_norm(x)
+        return self._adapted(self.decoder_norm(x), embedded, new, cache.prefix)
 
 
 def _layers(kind: type[nn.Module], config: T5Config, count: int, *, deterministic: int) -> Any:
@@ -579,6 +602,23 @@ class T5(nn.Module):
         decoded = self.decode(encoded, encoder_tokens, decoder_tokens, deterministic=deterministic)
         return encoded, decoded
 
+    def recur(
+        self, encoded: Array, encoder_tokens: Array, steps: int, *, deterministic: bool = True
+    ) -> Array:
+        """Decoder states [batch, steps, embed], each fed with the state before it.
+
+        No token is read but the first, 0: what the decoder says does not hang on what is written.
+        With dropout, the layers over the states before are computed anew for every step, and draw
+        anew.
+        """
+        bias = padding_bias(encoder_tokens)
+        fed = self.token_embedder(jnp.zeros((encoded.shape[0], 1), jnp.int32))
+        states: list[Array] = []
+        for _ in range(steps):
+            states.append(self.decoder(fed, encoded, bias, deterministic)[:, -1:])
+            fed = jnp.concatenate([fed, states[-1]], axis=1)
+        return fed[:, 1:]
+
     def output_columns(self, select: Any) -> Array:
         """The output matrix after `select`, a function of [embed, vocab] -> [embed, chosen]."""
         if self.config.tied_embeddings:
@@ -621,8 +661,11 @@ def padding_bias(tokens: Array) -> Array:
 def empty_cache(config: T5Config, batch: int, beam: int, max_length: int) -> DecodingCache:
     """A cache for `max_length` steps of `batch` x `beam` hypotheses, all zero."""
     layers, own = config.num_decoder_layers, (max_length, config.num_heads, config.head_dim)
+    prefix = None
+    if config.adaptor_rank:
+        prefix = jnp.zeros((batch, beam, config.adaptor_rank), config.dtype)
     if config.scan_layers:
         zero = jnp.zeros((batch, beam, layers, *own), config.dtype)
-        return DecodingCache((zero, zero))
+        return DecodingCache((zero, zero), prefix)
     zero = jnp.zeros((batch, beam, *own), config.dtype)
-    return DecodingCache(tuple((zero, zero) for _ in range(layers)))
+    return DecodingCache(tuple((zero, zero) for _ in range(layers)), prefix)

@@ -35,7 +35,8 @@ def make_model(recipe: GeneratorRecipe, vocabulary: Vocabulary) -> QueryGenerato
         recipe.network.t5(vocabulary.size),
         vocabulary.text_size,
         copying=recipe.generation.copying,
-        **dataclasses.asdict(recipe.loss),
+        label_smoothing=recipe.loss.label_smoothing,
+        z_loss=recipe.loss.z_loss,
     )
 
 
