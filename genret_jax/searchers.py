@@ -6,7 +6,8 @@ A recipe whose SearcherConfig names a module is made and opened by that module's
                                                              that is there; gives what is to be said
     load(folder: Path) -> Searcher                           opens it
 
-A module whose searcher is the same whatever the seed says TRAINED = False.
+A module whose searcher is the same whatever the seed says TRAINED = False, and one whose searcher
+writes docids GENERATES = True.
 `fit` may give "dev" (dev metrics) and "training" (such as steps), and whatever else belongs into
 retriever.json. So a new method is a gin file and, where no module here makes it, a module.
 
@@ -205,6 +206,13 @@ def open_searcher(folder: str | Path) -> Opened:
 def is_trained(recipe: Recipe) -> bool:
     """Whether a method's result depends on seed and time, so that it is worth another seed."""
     return not recipe.searcher.module or getattr(_module(recipe.searcher.module), "TRAINED", True)
+
+
+def writes_docids(recipe: Recipe) -> bool:
+    """Whether a method is a generative one, for tables."""
+    return not recipe.searcher.module or getattr(
+        _module(recipe.searcher.module), "GENERATES", False
+    )
 
 
 def _module(name: str) -> ModuleType:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from genret_jax.errors import UserError
 from genret_jax.harness.rows import Entry
 from genret_jax.recipe import Recipe, description, methods
-from genret_jax.searchers import is_trained
+from genret_jax.searchers import is_trained, writes_docids
 
 _FUSIONS = {
     "rrf": "reciprocal rank fusion (k = 60) of {} and {}",
@@ -64,7 +64,7 @@ def chosen_methods(names: Sequence[str], recipe: Callable[[str], Recipe]) -> lis
 
 def _method(name: str, recipe: Callable[[str], Recipe]) -> Method:
     made = recipe(name)
-    if made.searcher.module:
+    if made.searcher.module and not writes_docids(made):
         trained = is_trained(made)
         group = "dense" if trained else "lexical"
         return Method(name, description(name), group, trained=trained)
