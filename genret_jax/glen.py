@@ -37,6 +37,7 @@ from genret_jax.trie import Trie, build_trie
 from genret_jax.vocabularies import Vocabulary
 from genret_jax.weights import load_weights, save_weights
 
+GROUP = "generative"
 _ABOUT, _IDS, _WEIGHTS = "glen.json", "ids.json", "weights.npy"
 _BEAM = 100  # identifiers, unless more documents are wanted
 

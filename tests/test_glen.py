@@ -17,6 +17,7 @@ from tiny import FAST, tiny_corpus
 from genret_jax import cli
 from genret_jax.baselines.protocol import Searcher
 from genret_jax.cli import main
+from genret_jax.comparison.methods import chosen_methods
 from genret_jax.corpus import write_corpus
 from genret_jax.docids.subwords import subword_docids
 from genret_jax.errors import UserError
@@ -350,6 +351,18 @@ def test_a_run_from_end_to_end(tmp_path, capsys, monkeypatch):
     ):
         assert main([*start, *more]) == 2
         assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_tables_know_it_as_a_generative_method():
+    found = {m.name: m for m in chosen_methods(["glen", "dense", "bm25", "nci"], load_recipe)}
+    groups = {name: method.group for name, method in found.items()}
+    assert groups == {
+        "glen": "generative",
+        "dense": "dense",
+        "bm25": "lexical",
+        "nci": "generative",
+    }
+    assert found["glen"].docids == "subwords" and found["glen"].trained
 
 
 def test_docids_of_several_lengths_are_refused(tmp_path):
