@@ -72,7 +72,9 @@ def params_of(config: T5Config = CONFIG):
     """Of layers one by one, every number of its own: norm scales and the like are moved."""
     params = jax.device_get(jax.jit(lambda: model_of(config).init(jax.random.key(0))[0])())
     rng = np.random.default_rng(3)
-    return jax.tree.map(lambda x: np.float32(x + 0.1 * rng.standard_normal(x.shape)), params)
+    return jax.tree.map(
+        lambda x: np.asarray(x + 0.1 * rng.standard_normal(x.shape), np.float32), params
+    )
 
 
 def near(got, wanted, tolerance=2e-5):
@@ -460,6 +462,17 @@ def test_a_stacked_retriever_is_exported_layer_by_layer(retriever, tmp_path):
 
 
 def test_the_largest_sizes_are_stacked():
-    stacked = {size: load_recipe("dogr", size=size).network.scan_layers for size in ("xl", "xxl")}
-    assert stacked == {"xl": True, "xxl": True}
+    """Traced alone: bfloat16, remat and dropout fit into the loop, forward, backward and search."""
+    for size in ("xxl", "xl"):
+        network = load_recipe("dogr", size=size).network
+        assert network.scan_layers and network.remat and network.dtype == "bfloat16"
+    model = model_of(network.t5(128))
+    params = jax.eval_shape(lambda: model.init(jax.random.key(0))[0])
+    assert params["decoder"]["layers"]["mlp"]["wo"]["kernel"].shape[0] == 24
+    gradient = jax.grad(lambda p: model.loss_fn(p, Numbered()[0], jax.random.key(1))[0])
+    assert jax.eval_shape(gradient, params) == params
+    trie = build_trie(_table_of(np.array([[2, 3], [2, 4], [5, 6]], np.int32))).on_device()
+    queries = Numbered()[0]["encoder_input_tokens"]
+    found = jax.eval_shape(functools.partial(model.search, beam=2), params, queries, trie)
+    assert found.scores.shape == (16, 2)
     assert not load_recipe("dogr", size="base").network.scan_layers
