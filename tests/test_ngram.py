@@ -284,9 +284,6 @@ def test_the_folder_is_whole(run, fitted):
         texts, _ = _stream(fitted, view)
         assert about["ngrams"][view]["tokens"] == sum(map(len, texts))
         assert about["ngrams"][view]["bytes"] > about["ngrams"][view]["suffix_array_bytes"] > 0
-    lines = (run / "training" / "metrics.jsonl").read_text().splitlines()
-    losses = [x["loss"] for x in map(json.loads, lines) if x["kind"] == "train"]
-    assert losses[-1] < losses[0]
     assert (run / "curves.png").stat().st_size > 1000
     assert fitted.name == "ngram" and isinstance(fitted.searcher, Searcher)
 
