@@ -64,6 +64,7 @@ def fit(corpus: Corpus, folder: Path, work: Any) -> dict[str, Any]:
         "network": dataclasses.asdict(ranker.model.config),
         "input_length": ranker.input_length,
         "beam": ranker.beam,
+        "unigrams": ranker.unigrams,
         "weighting": dataclasses.asdict(ranker.weighting),
         "views": list(ranker.views),
     }
@@ -93,7 +94,8 @@ def load(folder: Path) -> NgramSearcher:
         ids = json.loads((folder / _IDS).read_text("utf-8"))
         config = T5Config(**about["network"])
         weighting = Weighting(**about["weighting"])
-        beam, length = int(about["beam"]), int(about["input_length"])
+        beam, unigrams = int(about["beam"]), int(about["unigrams"])
+        length = int(about["input_length"])
         views = {view: folder / view for view in about["views"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder}: no whole ngram retriever here ({error!r}); fit again") from None
@@ -105,6 +107,7 @@ def load(folder: Path) -> NgramSearcher:
         weighting=weighting,
         beam=beam,
         input_length=length,
+        unigrams=unigrams,
     )
     params = jax.tree.map(jax.numpy.asarray, load_weights(folder / "model.safetensors"))
     return NgramSearcher(ranker, params, ids, descending(ids))

@@ -14,6 +14,7 @@ for all hypotheses at once, and pays with its windows and states: `NgramIndex.re
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -89,6 +90,14 @@ class NgramIndex:
         """The first tokens of a row, without the end of sequence."""
         tokens = self.trie.rows[row, :length].tolist()
         return tuple(t for t in tokens if t > EOS)
+
+    @functools.cached_property
+    def unigrams(
+        self,
+    ) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
+        """The tokens that occur, and the rows begin .. end - 1 of each."""
+        tokens, begin = np.unique(np.asarray(self.trie.rows[:, 0]), return_index=True)
+        return tokens.astype(np.int32), begin, np.append(begin[1:], len(self.trie.rows))
 
     def count(
         self, begin: Int[np.ndarray, " n"], end: Int[np.ndarray, " n"]

@@ -36,6 +36,8 @@ class NgramRanker:
       views: index of the n-grams of each view, by name.
       weighting: of n-grams.
       beam: hypotheses of the search of each view.
+      unigrams: so many tokens that are likeliest to come first are n-grams, too, beyond those that
+        the beam holds; of views that are no whole texts.
       input_length: encoder tokens, mark and EOS among them.
     """
 
@@ -45,6 +47,7 @@ class NgramRanker:
     weighting: Weighting
     beam: int
     input_length: int
+    unigrams: int = 0
 
     def rank(
         self, params: Params, queries: Sequence[str]
@@ -73,7 +76,11 @@ class NgramRanker:
             size = next(n for n in BATCH_SIZES if len(chunk) <= n)
             tokens = np.pad(self._encoded(chunk, view), ((0, size - len(chunk)), (0, 0)))
             result = jax.device_get(self._search(params, tokens, self._tries[view]))
-            out += [self._found(result, i, self.views[view]) for i in range(len(chunk))]
+            found = [self._found(result, i, self.views[view]) for i in range(len(chunk))]
+            if self.unigrams and not self.views[view].whole:
+                first = np.asarray(self._first(params, tokens))
+                found = [self._with_unigrams(f, first[i], view) for i, f in enumerate(found)]
+            out += found
         return out
 
     def _encoded(self, queries: Sequence[str], view: str) -> np.ndarray:
@@ -88,6 +95,30 @@ class NgramRanker:
     @functools.cached_property
     def _search(self) -> Any:
         return jax.jit(functools.partial(self.model.search, beam=self.beam, trail=True))
+
+    @functools.cached_property
+    def _first(self) -> Any:
+        """(params, encoder tokens) -> float32[batch, tokens], log p of the first token."""
+
+        def first(params: Params, tokens: jax.Array) -> jax.Array:
+            start = jax.numpy.zeros((tokens.shape[0], 1), jax.numpy.int32)
+            batch = {"encoder_input_tokens": tokens, "decoder_input_tokens": start}
+            return jax.nn.log_softmax(self.model.teacher_forced(params, batch)[:, 0])
+
+        return jax.jit(first)
+
+    def _with_unigrams(self, found: Found, log_p: np.ndarray, view: str) -> Found:
+        """With the likeliest first tokens that the beam has not held."""
+        tokens, begin, end = self.views[view].unigrams
+        held = set(found.begin[found.length == 1].tolist())
+        best = np.argsort(-log_p[tokens], kind="stable")[: self.unigrams].tolist()
+        more = [i for i in best if int(begin[i]) not in held]
+        return Found(
+            np.append(found.begin, begin[more]),
+            np.append(found.end, end[more]),
+            np.append(found.length, np.ones(len(more), np.int64)),
+            np.append(found.log_p, log_p[tokens[more]]),
+        )
 
     @staticmethod
     def _found(result: Any, query: int, index: NgramIndex) -> Found:

@@ -18,6 +18,7 @@ class NgramSettings:
       n-grams of its train queries and pseudo-queries. With all three it is MINDER's.
     length: tokens of an n-gram, at most; titles are cut to it.
     beam: hypotheses of the search of each view.
+    unigrams: so many of the likeliest first tokens are n-grams, too; 0 for those of the beam alone.
     spans: n-grams drawn of a relevant document for each train query.
     alpha, beta, smoothing, rare, candidates: see `genret_jax.ngram.scoring`.
     pseudo_queries: path of a file that `genret pseudo-queries` wrote; "" for none. They are
@@ -27,6 +28,7 @@ class NgramSettings:
     views: Sequence[str] = ("text", "title")
     length: int = 10
     beam: int = 15
+    unigrams: int = 30
     spans: int = 10
     alpha: float = 2.0
     beta: float = 0.8
@@ -39,10 +41,10 @@ class NgramSettings:
         views = list(self.views) if isinstance(self.views, list | tuple) else []
         if not views or len(set(views)) < len(views) or not set(views) <= set(VIEWS):
             raise _wrong("views", self.views, f"some of {', '.join(map(repr, VIEWS))}, once each")
-        for name in ("length", "beam", "spans", "rare", "candidates"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise _wrong(name, value, "a whole number from 1 up")
+        for name in ("length", "beam", "unigrams", "spans", "rare", "candidates"):
+            value, least = getattr(self, name), int(name != "unigrams")
+            if type(value) is not int or value < least:
+                raise _wrong(name, value, f"a whole number from {least} up")
         for name, most in (("alpha", float("inf")), ("smoothing", float("inf")), ("beta", 1.0)):
             value = getattr(self, name)
             if type(value) not in (int, float) or not 0 <= value <= most:

@@ -140,6 +140,7 @@ class NgramTraining:
             ),
             beam=settings.beam,
             input_length=self.input_length,
+            unigrams=settings.unigrams,
         )
 
     @functools.cached_property
