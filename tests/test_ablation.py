@@ -302,7 +302,7 @@ def test_a_damaged_result_is_measured_again(collection, tmp_path, pretended, cap
         (["--docids", "keywords,numbers"], "docids 'numbers' are not known"),
         (["--seeds", "1,1"], "seeds 1, 1: give different whole numbers"),
         (["--seeds", ""], "seeds none: give"),
-        (["--minutes", "0"], "minutes must be above 0"),
+        (["--minutes", "0"], "minutes must be a number above 0"),
         (["--split", "tset"], "no split 'tset'"),
         (["--size", "huge"], "size 'huge' is not known"),
         (["--gin", "ContrastiveConfig.prefix = 0"], "choose other --variants"),

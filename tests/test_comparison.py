@@ -362,7 +362,7 @@ def test_it_goes_on_after_an_interruption(collection, tmp_path, pretended, monke
         (["rrf:bm25:dis"], [], "method 'dis' is not known"),
         ([], [], "no methods; choose of"),
         (["bm25"], ["--seeds", "1,1"], "seeds 1, 1: give different whole numbers"),
-        (["bm25"], ["--minutes", "0"], "minutes must be above 0"),
+        (["bm25"], ["--minutes", "0"], "minutes must be a number above 0"),
         (["bm25"], ["--splits", "tset"], "no split 'tset'"),
         (["bm25"], ["--splits", ""], "no --splits; there are dev, seen, test, train"),
         (["bm25"], ["--size", "huge"], "size 'huge' is not known"),

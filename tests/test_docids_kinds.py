@@ -317,7 +317,7 @@ def test_atomic_and_naive():
 @pytest.mark.parametrize(
     ("kind", "given", "message"),
     [
-        ("url", {}, "unknown kind of docids 'url': give one of keywords, title"),
+        ("url", {}, "unknown kind of docids 'url': give one of keywords, subwords, title"),
         ("keywords", {"term": 3}, "no setting 'term'; valid are: terms, weight, vocabulary"),
         ("atomic", {"terms": 3}, "no setting 'terms'; valid are: none"),
         ("keywords", {"terms": "3"}, "give a value of type int, such as the default 4"),
