@@ -18,7 +18,7 @@ from tiny import FAST, tiny_corpus
 
 from genret_jax.corpus import write_corpus
 from genret_jax.fit import fit
-from genret_jax.indexing import build_index
+from genret_jax.indexing import FORMAT, build_index
 from genret_jax.recipe import load_recipe
 from genret_jax.retriever import Retriever
 from genret_jax.splitting import split_corpus
@@ -104,8 +104,10 @@ def place(tmp_path_factory):
     )
     materials = Materials(corpus.documents, split, index, recipe)
     start = jax.device_get(materials.model.init(jax.random.key(7))[0])
-    (folder / "start" / "retriever").mkdir(parents=True)
-    save_weights(start, folder / "start" / "retriever" / "model.safetensors")
+    begun = folder / "start" / "retriever"
+    begun.mkdir(parents=True)
+    save_weights(start, begun / "model.safetensors")
+    (begun / "retriever.json").write_text(json.dumps({"format": FORMAT}))
     result = train(
         materials.model,
         materials.batches(materials.pools, batch_size=recipe.train.batch_size),
