@@ -362,7 +362,7 @@ def test_tables_know_it_as_a_generative_method():
         "bm25": "lexical",
         "nci": "generative",
     }
-    assert found["glen"].docids == "subwords" and found["glen"].trained
+    assert found["glen"].docids == "glen" and found["glen"].trained
 
 
 def test_docids_of_several_lengths_are_refused(tmp_path):
