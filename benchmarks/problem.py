@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from genret_jax.docids.table import EOS_ID, FIRST_ID, DocidTable
+from genret_jax.modeling.layers import T5Config
 from genret_jax.modeling.model import RetrievalModel
-from genret_jax.modeling.network import T5Config
 from genret_jax.vocabularies import DocidSpace
 
 TEXT = 32_100  # pieces of T5's vocabulary; docid tokens stand behind them

@@ -22,8 +22,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from genret_jax.modeling.layers import T5Config
 from genret_jax.modeling.model import RetrievalModel
-from genret_jax.modeling.network import T5Config
 from genret_jax.recipe import TrainConfig
 from genret_jax.training.optimizers import optimizer_at
 from genret_jax.training.partitioning import make_mesh

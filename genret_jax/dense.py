@@ -27,8 +27,8 @@ from genret_jax.docids.features import unit_length
 from genret_jax.documents import descending
 from genret_jax.errors import UserError
 from genret_jax.indexing import NO_DOCIDS
+from genret_jax.modeling.layers import T5Config
 from genret_jax.modeling.model import Params, RetrievalModel
-from genret_jax.modeling.network import T5Config
 from genret_jax.ranking import BATCH_SIZES
 from genret_jax.vectors import DocumentVectors
 from genret_jax.vocabularies import Vocabulary

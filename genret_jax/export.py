@@ -18,7 +18,7 @@ from typing import Any
 
 from genret_jax.errors import UserError
 from genret_jax.files import replace_on_success
-from genret_jax.modeling.network import T5Config
+from genret_jax.modeling.layers import T5Config
 from genret_jax.pretrained.checkpoint import write_checkpoint
 from genret_jax.retriever import Retriever
 

@@ -178,7 +178,7 @@ def _check_origin(out: Path, from_t5x: str | Path | None) -> None:
 def _of_t5x(materials: Materials, folder: str | Path) -> tuple[Params, int]:
     """Parameters of a checkpoint of T5X, and its step."""
     found = checkpoint.latest(folder)
-    like, _ = jax.eval_shape(lambda rng: (materials.model.init(rng)[0], 0), jax.random.key(0))
+    like = jax.eval_shape(lambda rng: materials.model.init(rng)[0], jax.random.key(0))
     return checkpoint.load_params(found, like), checkpoint.step_of(found)
 
 

@@ -30,8 +30,8 @@ from genret_jax.docids.table import DocidTable
 from genret_jax.documents import descending
 from genret_jax.errors import UserError
 from genret_jax.modeling.glen import GlenModel
+from genret_jax.modeling.layers import T5Config
 from genret_jax.modeling.model import Params, RetrievalModel
-from genret_jax.modeling.network import T5Config
 from genret_jax.ranking import BATCH_SIZES
 from genret_jax.trie import Trie, build_trie
 from genret_jax.vocabularies import Vocabulary

@@ -18,7 +18,7 @@ from typing import Any
 import gin
 
 from genret_jax.errors import UserError
-from genret_jax.modeling.network import FEED_FORWARD, T5Config
+from genret_jax.modeling.layers import FEED_FORWARD, T5Config
 from genret_jax.pretrained.checkpoint import Checkpoint, decided, open_checkpoint
 
 _PACKAGE = Path(__file__).resolve().parent

@@ -28,8 +28,8 @@ from genret_jax.documents import DOCUMENT_FILES
 from genret_jax.errors import UserError
 from genret_jax.files import replace_on_success
 from genret_jax.indexing import FORMAT, Index, read_json
+from genret_jax.modeling.layers import T5Config
 from genret_jax.modeling.model import VECTORS, Params, RetrievalModel
-from genret_jax.modeling.network import T5Config
 from genret_jax.ranking import Ranked, Ranker
 from genret_jax.scoring import SCORINGS, Fusion
 from genret_jax.vectors import DocumentVectors

@@ -24,8 +24,9 @@ from genret_jax.modeling.contrastive import (
     joint_loss,
     usable_columns,
 )
+from genret_jax.modeling.layers import T5Config
 from genret_jax.modeling.losses import docid_cross_entropy
-from genret_jax.modeling.network import T5, T5Config
+from genret_jax.modeling.network import T5
 
 BATCH, NEGATIVES, EMBED, RELEVANT = 4, 2, 3, 2
 MASKS = ("negative_mask", "in_batch_mask", "shared_mask")

@@ -27,8 +27,8 @@ from genret_jax.data.tasks import register
 from genret_jax.data.vocabulary import SeqioVocabulary
 from genret_jax.docids.table import DocidTable
 from genret_jax.modeling.contrastive import JointWeights
+from genret_jax.modeling.layers import T5Config
 from genret_jax.modeling.model import RetrievalModel
-from genret_jax.modeling.network import T5Config
 from genret_jax.modeling.ranking_model import RankingModel
 from genret_jax.negatives import Negatives, known_positives
 from genret_jax.recipe import ContrastiveConfig

@@ -23,8 +23,8 @@ from genret_jax.dense import ExactSearch
 from genret_jax.errors import UserError
 from genret_jax.modeling.contrastive import JointWeights
 from genret_jax.modeling.dense_model import DenseModel
+from genret_jax.modeling.layers import T5Config
 from genret_jax.modeling.model import RetrievalModel
-from genret_jax.modeling.network import T5Config
 from genret_jax.negatives import Negatives
 from genret_jax.recipe import load_recipe
 from genret_jax.retriever import Retriever

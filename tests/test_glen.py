@@ -23,8 +23,9 @@ from genret_jax.docids.subwords import subword_docids
 from genret_jax.errors import UserError
 from genret_jax.glen import GlenRanker, Learned, descend
 from genret_jax.modeling.glen import GlenModel, GlenWeights, glen_loss, temperature
+from genret_jax.modeling.layers import T5Config
 from genret_jax.modeling.model import RetrievalModel
-from genret_jax.modeling.network import T5, T5Config
+from genret_jax.modeling.network import T5
 from genret_jax.recipe import load_recipe
 from genret_jax.searchers import fit_method
 from genret_jax.stages.glen import EpochBatches, Identifier, changed

@@ -11,8 +11,8 @@ from tiny import tiny_corpus
 
 from genret_jax.data.examples import make_examples
 from genret_jax.docids.build import build_docids
+from genret_jax.modeling.layers import T5Config
 from genret_jax.modeling.model import RetrievalModel
-from genret_jax.modeling.network import T5Config
 from genret_jax.training.lexical_start import lexical_start, semantic_vectors
 from genret_jax.vocabularies import Vocabulary, train_text_model
 

@@ -19,9 +19,9 @@ from genret_jax.corpus import write_corpus
 from genret_jax.data.contrastive import ContrastiveBatches
 from genret_jax.errors import UserError
 from genret_jax.fit import fit
+from genret_jax.modeling.layers import T5Config
 from genret_jax.modeling.margin import MarginModel, margin_rank
 from genret_jax.modeling.model import RetrievalModel
-from genret_jax.modeling.network import T5Config
 from genret_jax.negatives import Negatives
 from genret_jax.recipe import load_recipe
 from genret_jax.retriever import Retriever

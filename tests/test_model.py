@@ -13,8 +13,9 @@ from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from genret_jax.docids.table import DocidTable
+from genret_jax.modeling.layers import T5Config
 from genret_jax.modeling.model import RetrievalModel
-from genret_jax.modeling.network import T5, T5Config
+from genret_jax.modeling.network import T5
 from genret_jax.trie import build_trie
 from genret_jax.vocabularies import DocidSpace
 

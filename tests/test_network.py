@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from genret_jax.modeling.network import T5, T5Config, empty_cache, relative_buckets
+from genret_jax.modeling.layers import T5Config, relative_buckets
+from genret_jax.modeling.network import T5, empty_cache
 
 CONFIG = T5Config(
     vocab_size=48,

@@ -15,8 +15,8 @@ from genret_jax.docids.table import DocidTable
 from genret_jax.errors import UserError
 from genret_jax.export import export_retriever
 from genret_jax.fit import fit
+from genret_jax.modeling.layers import T5Config
 from genret_jax.modeling.model import RetrievalModel
-from genret_jax.modeling.network import T5Config
 from genret_jax.recipe import load_recipe
 from genret_jax.retriever import Retriever
 from genret_jax.training import partitioning

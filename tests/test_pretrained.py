@@ -22,8 +22,9 @@ from live import LIVE
 from safetensors.numpy import load_file, save_file
 
 from genret_jax import UserError
+from genret_jax.modeling.layers import T5Config
 from genret_jax.modeling.model import RetrievalModel
-from genret_jax.modeling.network import T5, T5Config
+from genret_jax.modeling.network import T5
 from genret_jax.pretrained import tensors
 from genret_jax.pretrained.checkpoint import open_checkpoint, write_checkpoint
 from genret_jax.pretrained.hub import cache_folder, find_folder

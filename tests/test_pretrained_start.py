@@ -18,8 +18,9 @@ from genret_jax.cli import main
 from genret_jax.corpus import write_corpus
 from genret_jax.docids.build import build_docids
 from genret_jax.docids.collisions import plain_label, text_of_label
+from genret_jax.modeling.layers import T5Config
 from genret_jax.modeling.model import RetrievalModel
-from genret_jax.modeling.network import T5, T5Config
+from genret_jax.modeling.network import T5
 from genret_jax.pretrained.checkpoint import open_checkpoint, write_checkpoint
 from genret_jax.recipe import load_recipe
 from genret_jax.training.pretrained_start import pretrained_start, token_pieces

@@ -22,7 +22,7 @@ from genret_jax.data.tasks import register
 from genret_jax.data.vocabulary import SeqioVocabulary
 from genret_jax.docids.build import build_docids
 from genret_jax.errors import UserError
-from genret_jax.modeling.network import T5Config
+from genret_jax.modeling.layers import T5Config
 from genret_jax.modeling.query_generator import QueryGenerator
 from genret_jax.negatives import known_positives
 from genret_jax.pseudo_queries import PseudoQuery, read_pseudo_queries, write_pseudo_queries

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from genret_jax.errors import UserError
+from genret_jax.modeling.layers import T5Config
 from genret_jax.modeling.losses import symmetric_divergence
 from genret_jax.modeling.model import RetrievalModel
-from genret_jax.modeling.network import T5Config
 from genret_jax.recipe import load_generator_recipe, load_recipe
 from genret_jax.vocabularies import DocidSpace
 

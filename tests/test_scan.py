@@ -25,8 +25,9 @@ from genret_jax.docids.build import build_docids
 from genret_jax.docids.table import DocidTable
 from genret_jax.export import export_retriever
 from genret_jax.modeling.contrastive import JointWeights
+from genret_jax.modeling.layers import T5Config
 from genret_jax.modeling.model import RetrievalModel
-from genret_jax.modeling.network import T5, T5Config, empty_cache
+from genret_jax.modeling.network import T5, empty_cache
 from genret_jax.modeling.query_generator import QueryGenerator
 from genret_jax.modeling.ranking_model import RankingModel
 from genret_jax.modeling.stacking import (

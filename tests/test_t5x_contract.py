@@ -24,7 +24,8 @@ from genret_jax.decoding import constrained_beam_search
 from genret_jax.docids.table import DocidTable
 from genret_jax.errors import UserError
 from genret_jax.indexing import build_index
-from genret_jax.modeling.network import T5, T5Config, empty_cache
+from genret_jax.modeling.layers import T5Config
+from genret_jax.modeling.network import T5, empty_cache
 from genret_jax.recipe import gin_folder, load_recipe
 from genret_jax.stages.common import retrieval_model
 from genret_jax.t5x import checkpoint

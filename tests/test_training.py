@@ -15,8 +15,8 @@ import pytest
 
 from genret_jax.data.batches import Batches, Pool
 from genret_jax.errors import UserError
+from genret_jax.modeling.layers import T5Config
 from genret_jax.modeling.model import RetrievalModel
-from genret_jax.modeling.network import T5Config
 from genret_jax.recipe import TrainConfig
 from genret_jax.training import partitioning
 from genret_jax.training.budget import Clock, Plan

@@ -22,7 +22,8 @@ from jaxtyping import Array, Bool, Float, Int
 from genret_jax.decoding import BeamResult, constrained_beam_search
 from genret_jax.device_trie import DeviceTrie
 from genret_jax.modeling import losses
-from genret_jax.modeling.network import T5, T5Config, empty_cache
+from genret_jax.modeling.layers import T5Config
+from genret_jax.modeling.network import T5, empty_cache
 from genret_jax.vocabularies import DocidSpace
 
 Batch = Mapping[str, Array]

@@ -25,15 +25,9 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from genret_jax.modeling import losses
+from genret_jax.modeling.layers import CrossCache, DecodingCache, T5Config
 from genret_jax.modeling.model import Batch, Params, RetrievalModel
-from genret_jax.modeling.network import (
-    T5,
-    CrossCache,
-    DecodingCache,
-    T5Config,
-    empty_cache,
-    padding_bias,
-)
+from genret_jax.modeling.network import T5, empty_cache, padding_bias
 from genret_jax.vocabularies import EOS, UNK, DocidSpace
 
 _LEAST = 1e-30  # of a probability before its logarithm, so that gradients stay finite

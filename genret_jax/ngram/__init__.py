@@ -22,8 +22,8 @@ from genret_jax.corpus import Corpus
 from genret_jax.documents import descending
 from genret_jax.errors import UserError
 from genret_jax.indexing import NO_DOCIDS
+from genret_jax.modeling.layers import T5Config
 from genret_jax.modeling.model import RetrievalModel
-from genret_jax.modeling.network import T5Config
 from genret_jax.ngram.index import NgramIndex
 from genret_jax.ngram.scoring import Weighting
 from genret_jax.ngram.searcher import NgramRanker, NgramSearcher

@@ -15,7 +15,7 @@ from flax import traverse_util
 from safetensors.numpy import save_file
 
 from genret_jax.errors import UserError
-from genret_jax.modeling.network import T5Config
+from genret_jax.modeling.layers import T5Config
 from genret_jax.modeling.stacking import unstack_layers
 from genret_jax.pretrained import huggingface
 from genret_jax.pretrained.hub import CONFIG, TEXT_MODEL, find_folder

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from genret_jax.errors import UserError
-from genret_jax.modeling.network import FEED_FORWARD, T5Config
+from genret_jax.modeling.layers import FEED_FORWARD, T5Config
 
 MODEL_TYPES = ("t5", "mt5")
 # The embedding by its own name, or by the names of what shares it: some files hold only one.

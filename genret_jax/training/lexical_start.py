@@ -31,8 +31,8 @@ from sklearn.utils.extmath import randomized_svd
 from threadpoolctl import threadpool_limits
 
 from genret_jax.data.examples import Ragged, TrainingExamples
+from genret_jax.modeling.layers import T5Config
 from genret_jax.modeling.model import Params
-from genret_jax.modeling.network import T5Config
 from genret_jax.vocabularies import DocidSpace
 
 _SATURATION = 1.5  # BM25's k1

@@ -22,8 +22,8 @@ from flax import traverse_util
 from genret_jax.docids.build import KINDS
 from genret_jax.docids.collisions import text_of_label
 from genret_jax.docids.table import FIRST_ID, DocidTable
+from genret_jax.modeling.layers import T5Config
 from genret_jax.modeling.model import Params
-from genret_jax.modeling.network import T5Config
 from genret_jax.modeling.stacking import unstack_layers, with_layers
 from genret_jax.pretrained.checkpoint import Checkpoint
 from genret_jax.vocabularies import UNK, Vocabulary
