@@ -19,10 +19,10 @@ ROOMS = """
     baselines evaluation significance hybrid
     docids device_trie trie live_trie vocabularies decoding
     modeling pretrained scoring ranking vectors
-    recipe splitting indexing negatives data training
+    recipe_checks recipe splitting indexing negatives data training
     weights retriever export pseudo_queries dense ngram glen stages t5x fit searchers
     harness comparison ablation quickstart
-    __init__ cli __main__
+    __init__ cli_options cli __main__
 """.split()  # noqa: SIM905
 
 # (room, room to its right): imported inside a function only, so that neither needs the other to
