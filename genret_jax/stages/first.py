@@ -6,11 +6,10 @@ import functools
 from collections.abc import Callable
 from pathlib import Path
 
-from genret_jax.evaluation import evaluate
 from genret_jax.modeling.model import Params
 from genret_jax.pretrained.checkpoint import open_checkpoint
 from genret_jax.scoring import run_of_candidates
-from genret_jax.stages.common import DEV_BEAM, Materials
+from genret_jax.stages.common import DEV_BEAM, Materials, dev_metrics
 from genret_jax.training import processes
 from genret_jax.training.budget import Clock
 from genret_jax.training.lexical_start import lexical_start
@@ -78,6 +77,6 @@ def dev_evaluation(materials: Materials) -> Evaluate | None:
         scores = run_of_candidates(
             found, ranker.fusion, materials.document_ids, scoring="generation"
         )
-        return evaluate(scores, split.dev_qrels, materials.metrics)
+        return dev_metrics(scores, split, materials.metrics)
 
     return run
