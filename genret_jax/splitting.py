@@ -167,9 +167,7 @@ def _without(
     return kept, about
 
 
-def _dev_about_unseen(
-    corpus: Corpus, train: Sequence[tuple[str, int]], config: DataConfig
-) -> bool:
+def _dev_about_unseen(corpus: Corpus, train: Sequence[tuple[str, int]], config: DataConfig) -> bool:
     """Whether the dev split has queries enough about documents that no train query names."""
     dev = corpus.qrels.get("dev")
     if not dev or not train or not config.held_out_documents:

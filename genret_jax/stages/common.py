@@ -8,7 +8,7 @@ import logging
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from jaxtyping import Float64
+from jaxtyping import Bool, Float64, Int
 
 from genret_jax.corpus import Document
 from genret_jax.data.batches import Batches, Pool, length_buckets, materialise
@@ -107,6 +107,16 @@ class Materials:
         return [document.id for document in self.documents]
 
     @functools.cached_property
+    def order(self) -> Int[np.ndarray, " documents"]:
+        """See `Ranker.order`."""
+        return descending(self.document_ids)
+
+    @functools.cached_property
+    def unseen(self) -> Bool[np.ndarray, " documents"] | None:
+        """See `Split.unseen_documents`."""
+        return self.split.unseen_documents(len(self.documents))
+
+    @functools.cached_property
     def input_length(self) -> int:
         return self.recipe.data.input_length or self.examples.input_length()
 
@@ -119,10 +129,11 @@ class Materials:
             model=self.model,
             vocabulary=self.index.vocabulary,
             trie=self.index.trie,
-            order=descending(self.document_ids),
+            order=self.order,
             input_length=self.input_length,
             similarity=self.recipe.contrastive.similarity,
             fusion=fusion or Fusion(),
+            unseen=self.unseen,
         )
 
     @functools.cached_property
