@@ -131,7 +131,13 @@ class DocumentVectors:
 
         Where all vectors fit into memory, one matrix product with all of them takes less time than
         gathering those of a beam's documents for every query.
+
+        Raises:
+          ValueError: a document has no piece of text.
         """
+        has_piece = self.bounds[:-1, 1] > self.bounds[:-1, 0]
+        if not all(has_piece[some].all() for some in positions):
+            raise ValueError("a document without a piece of text has no similarity")
         if self.values.size > _MOST_AT_ONCE:
             return [self.similarities(p, q) for p, q in zip(positions, queries, strict=True)]
         found = []
@@ -145,10 +151,8 @@ class DocumentVectors:
     def _nearest_views(
         self, queries: Float32[np.ndarray, "queries embed"]
     ) -> tuple[Float32[np.ndarray, "queries documents"], Float32[np.ndarray, "queries documents"]]:
-        """Both parts of `similarities`, for all documents."""
-        begin, middle, end = self.bounds[:-1, 0], self.bounds[:-1, 1], self.bounds[1:, 0]
-        if (middle == begin).any():
-            raise ValueError("a document without a piece of text has no similarity")
+        """Both parts of `similarities`, for all documents; of no meaning where there is no piece."""
+        middle, end = self.bounds[:-1, 1], self.bounds[1:, 0]
         scores = queries @ self._in_memory.T
         # One column more, so that the last document may end where its pieces end.
         scores = np.pad(scores, ((0, 0), (0, 1)), constant_values=-np.inf)
