@@ -66,11 +66,8 @@ def test_documents_are_held_out_and_remembered(run, retriever):
     # Of the dev split's eight, and the five train queries of both that are held out.
     assert training["dev_queries"] == 8 + 10 and training["dev_queries_unseen"] == 4 + 10
     for position, name in enumerate(tiny_corpus().index):
-        begin, end = (
-            retriever.vectors.bounds[position, 1],
-            retriever.vectors.bounds[position + 1, 0],
-        )
-        assert (begin == end) == (name in unseen), "no view of a query that was held out"
+        queries, end = bounds[position, 1], bounds[position + 1, 0]
+        assert (queries == end) == (name in unseen), "no view of a query that was held out"
 
 
 @pytest.mark.parametrize("stage", ["training", "ranking"])
