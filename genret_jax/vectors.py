@@ -151,7 +151,7 @@ class DocumentVectors:
     def _nearest_views(
         self, queries: Float32[np.ndarray, "queries embed"]
     ) -> tuple[Float32[np.ndarray, "queries documents"], Float32[np.ndarray, "queries documents"]]:
-        """Both parts of `similarities`, for all documents; of no meaning where there is no piece."""
+        """Both parts of `similarities`, for all documents; without meaning where no piece is."""
         middle, end = self.bounds[:-1, 1], self.bounds[1:, 0]
         scores = queries @ self._in_memory.T
         # One column more, so that the last document may end where its pieces end.

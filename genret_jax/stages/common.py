@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Bool, Float64, Int
@@ -18,8 +18,8 @@ from genret_jax.data.vocabulary import SeqioVocabulary
 from genret_jax.documents import descending
 from genret_jax.evaluation import per_query
 from genret_jax.indexing import Index
-from genret_jax.modeling.model import RetrievalModel
-from genret_jax.ranking import Ranker
+from genret_jax.modeling.model import Params, RetrievalModel
+from genret_jax.ranking import BATCH_SIZES, Ranker
 from genret_jax.recipe import Recipe
 from genret_jax.scoring import Fusion
 from genret_jax.splitting import Split
@@ -44,6 +44,14 @@ def retrieval_model(recipe: Recipe, index: Index) -> RetrievalModel:
     return RetrievalModel(
         config, index.vocabulary.docids, vector=second.vector, **dataclasses.asdict(recipe.loss)
     )
+
+
+def compile_search(ranker: Ranker, params: Params, queries: Iterable[str], beam: int) -> None:
+    """Searches for a few of the queries, one batch of every size that all of them need."""
+    texts = list(queries)
+    last = len(texts) % BATCH_SIZES[-1]
+    for some in (texts[: BATCH_SIZES[-1]], texts[len(texts) - last :]):
+        ranker.candidates(params, some, beam=beam)
 
 
 def dev_metrics(run: Run, split: Split, metrics: Sequence[str]) -> dict[str, float]:

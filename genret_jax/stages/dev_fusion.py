@@ -12,9 +12,9 @@ import numpy as np
 from genret_jax.fusion_fit import FittedFusion, fit_fusion
 from genret_jax.judged import Judged
 from genret_jax.modeling.model import Params
-from genret_jax.ranking import BATCH_SIZES, Ranker, with_similarities
+from genret_jax.ranking import Ranker, with_similarities
 from genret_jax.scoring import SCORINGS, Candidates, Fusion
-from genret_jax.stages.common import DEV_BEAM, Materials, by_kind
+from genret_jax.stages.common import DEV_BEAM, Materials, by_kind, compile_search
 from genret_jax.training import processes
 from genret_jax.vectors import DocumentVectors
 
@@ -53,11 +53,8 @@ class DevEvaluation:
 
     def compile(self, params: Params) -> None:
         """Compiles what a call needs, without most of its work."""
-        texts = list(self._materials.split.dev_queries.values())
-        few = [texts[: BATCH_SIZES[-1]]] if len(texts) >= BATCH_SIZES[-1] else []
-        few += [texts[len(texts) - len(texts) % BATCH_SIZES[-1] :]]
-        for some in few:
-            self._ranker.candidates(params, some, beam=_beam(self._materials, DEV_BEAM))
+        queries = self._materials.split.dev_queries.values()
+        compile_search(self._ranker, params, queries, _beam(self._materials, DEV_BEAM))
         self._encoder.compile(params)
 
 
