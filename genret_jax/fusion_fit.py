@@ -132,22 +132,31 @@ def _two_weights(
       The weights and their metrics; `one` and None where none are better.
     """
     found = judged.candidates
-    mean, semantic = one.mean(found), one.semantic(found)
     if found.unseen is None:
         raise ValueError("queries about unseen documents, and candidates that do not tell them")
+    mean, semantic = one.mean(found), one.semantic(found)
+    # As `Fusion.fused` has them, to the last bit, each of them once.
+    alone = [
+        dataclasses.replace(one, weight=weight / temperature).fused(mean, semantic, None)
+        for weight in _WEIGHTS
+    ]
+    one_of_unseen = found.unseen.astype(np.float32)
     best: tuple[float, ...] = (least,)
     chosen, of_chosen = one, None
-    for weight, other in itertools.product(_WEIGHTS, _WEIGHTS):
-        pair = dataclasses.replace(
-            one, weight=weight / temperature, unseen_weight=other / temperature
-        )
-        for offset in _offsets(pair.fused(mean, semantic, found.unseen), found.unseen):
-            fusion = dataclasses.replace(pair, unseen_offset=offset)
-            of_kinds = values(fusion.fused(mean, semantic, found.unseen))
+    for (i, weight), (j, other) in itertools.product(enumerate(_WEIGHTS), repeat=2):
+        scores = np.where(found.unseen, alone[j], alone[i])
+        for offset in _offsets(scores, found.unseen):
+            of_kinds = values(scores + np.float32(offset) * one_of_unseen)
             # A sum of equal means may differ in its last bits.
             key = (round(sum(of_kinds), 9), -abs(weight - 1), -abs(other - weight), -abs(offset))
             if key > best and key[0] > round(least, 9):
-                best, chosen, of_chosen = key, fusion, of_kinds
+                best, of_chosen = key, of_kinds
+                chosen = dataclasses.replace(
+                    one,
+                    weight=weight / temperature,
+                    unseen_weight=other / temperature,
+                    unseen_offset=offset,
+                )
     return chosen, of_chosen
 
 
