@@ -97,10 +97,12 @@ def fit(arguments: argparse.Namespace) -> None:
         log.setLevel(logging.WARNING)
 
     from genret_jax.searchers import fit_method
+    from genret_jax.training.budget import check_budget, with_steps
 
+    check_budget(arguments.steps, arguments.minutes)
     retriever = fit_method(
         arguments.corpus,
-        recipe=_recipe(arguments),
+        recipe=with_steps(_recipe(arguments), arguments.steps),
         out=arguments.out,
         minutes=arguments.minutes,
         started=arguments.started,
@@ -259,15 +261,19 @@ def ablate(arguments: argparse.Namespace) -> int:
 
 
 def compare(arguments: argparse.Namespace) -> int:
-    from genret_jax.comparison.run import compare_methods
+    from genret_jax.comparison.run import compare_collections, compare_methods
 
-    report = compare_methods(
-        arguments.corpus,
+    several = len(arguments.corpus) > 1
+    compared: Callable[..., Any] = compare_collections if several else compare_methods
+    report = compared(
+        arguments.corpus if several else arguments.corpus[0],
         out=arguments.out,
         methods=arguments.methods,
         seeds=arguments.seeds,
         splits=arguments.splits,
         minutes=arguments.minutes,
+        steps=arguments.steps,
+        jobs=arguments.jobs,
         size=arguments.size,
         gin_files=arguments.gin_file,
         bindings=arguments.gin,

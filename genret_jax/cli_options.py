@@ -9,6 +9,9 @@ def add_fit_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--out", required=True, help="folder of the run; made, or gone on with")
     command.add_argument("--minutes", type=float, help="end within so many minutes, all included")
     command.add_argument(
+        "--steps", type=int, help="instead: train for so many, all stages together"
+    )
+    command.add_argument(
         "--stage", type=int, help="1: docids alone; 2: go on from there (default: all)"
     )
     command.add_argument(
@@ -145,7 +148,9 @@ def add_ablate_options(command: argparse.ArgumentParser) -> None:
 
 
 def add_compare_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("corpus", help="BEIR folder with the splits")
+    command.add_argument(
+        "corpus", nargs="+", help="BEIR folder with the splits; of several there is one table, too"
+    )
     command.add_argument("--out", required=True, help="folder of the comparison; gone on with")
     command.add_argument(
         "--methods",
@@ -156,6 +161,16 @@ def add_compare_options(command: argparse.ArgumentParser) -> None:
         "genre, dogr; rrf:A:B and weighted:A:B fuse the rankings of two of them",
     )
     command.add_argument("--minutes", type=float, help="that each method may take to be trained")
+    command.add_argument(
+        "--steps", type=int, help="instead: that each is trained for, all its stages together"
+    )
+    command.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        metavar="N",
+        help="trainings at a time, each a process with its own log in OUT/logs (default 1)",
+    )
     _add_seeds(command, "every method that is trained is trained with each")
     command.add_argument(
         "--splits",
@@ -163,7 +178,7 @@ def add_compare_options(command: argparse.ArgumentParser) -> None:
         default=("test",),
         metavar="A,B",
         help="whose queries are searched (default test); with several, such as seen and unseen "
-        "ones, a table each",
+        "ones, a table each; of several collections each is asked those that it has",
     )
     add_gin_options(command)
 
