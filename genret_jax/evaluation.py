@@ -264,6 +264,16 @@ _MEASURES: dict[str, Callable[..., float]] = {
 
 def _parsed(metric: str) -> tuple[Callable[..., float], int]:
     """(function, cutoff) of a metric's name."""
+    measure, cutoff = parse_metric(metric)
+    return _MEASURES[measure], cutoff
+
+
+def parse_metric(metric: str) -> tuple[str, int]:
+    """("mrr", 10) of "mrr@10".
+
+    Raises:
+      UserError: there is no such metric.
+    """
     match = _METRIC.fullmatch(metric)
     if match is None or match[1] not in _MEASURES:
         forms = ", ".join(f"{name}@K" for name in _MEASURES)
@@ -271,4 +281,4 @@ def _parsed(metric: str) -> tuple[Callable[..., float], int]:
             f"unknown metric {metric!r}; the forms are {forms} with a whole number K from 1, "
             "such as ndcg@10"
         )
-    return _MEASURES[match[1]], int(match[2])
+    return match[1], int(match[2])

@@ -384,6 +384,7 @@ def _about(
             "pairs": len(split.pairs),
             "pseudo_queries": len(split.pseudo),
             "dev_queries": len(split.dev_queries),
+            **({"dev_queries_unseen": len(split.unseen)} if split.unseen else {}),
             "dev_beam": DEV_BEAM,
             "steps": first.steps + (second.result.steps if second else 0),
             "best_step": result.best_step,
@@ -393,7 +394,7 @@ def _about(
     if second:
         about["second_stage"] = {"steps": second.result.steps, **second.report}
     if second and second.fusion:
-        about["fusion"] = dataclasses.asdict(second.fusion)
+        about["fusion"] = second.fusion.to_dict()
         about["second_stage"] |= {
             "vector": recipe.contrastive.vector,
             "similarity": recipe.contrastive.similarity,

@@ -42,6 +42,7 @@ class Ranked:
       score: what it is ranked by.
       generation: log p of its identifier given the query, in nats.
       semantic, fused: similarity and fused score; None without document vectors.
+      unseen: whether no train query names the document; None where that is not told apart.
     """
 
     position: int
@@ -50,6 +51,7 @@ class Ranked:
     generation: float
     semantic: float | None = None
     fused: float | None = None
+    unseen: bool | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +65,7 @@ class Ranker:
       input_length: encoder tokens a query is cut and padded to.
       similarity: "cosine" or "dot", of semantic vectors.
       fusion: of the fused score.
+      unseen: bool[documents], those that no train query names; None where that makes no difference.
     """
 
     model: RetrievalModel
@@ -72,6 +75,7 @@ class Ranker:
     input_length: int
     similarity: str = "cosine"
     fusion: Fusion = Fusion()
+    unseen: np.ndarray | None = None
 
     @functools.cached_property
     def device_trie(self) -> DeviceTrie:
@@ -159,6 +163,7 @@ class Ranker:
             lengths=(self.trie.rows[rows[of][first]] > 0).sum(1).astype(np.int32),
             generation=scores[of][first],
             query=query,
+            unseen=None if self.unseen is None else self.unseen[positions[first]],
         )
 
     def _ranked(self, found: Candidates, k: int, scoring: str) -> list[Ranked]:
@@ -178,6 +183,7 @@ class Ranker:
                 generation=float(found.generation[i]),
                 semantic=value(semantic, i),
                 fused=value(fused, i),
+                unseen=None if found.unseen is None else bool(found.unseen[i]),
             )
             for i in best.tolist()
         ]

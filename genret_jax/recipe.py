@@ -98,6 +98,9 @@ class DataConfig:
       input_length: encoder tokens; 0 lets the train queries decide (99 % of them fit).
       dev_queries: queries of an evaluation during training, at most.
       held_out: share of the train queries that are held out as dev in a corpus without dev split.
+      held_out_documents: share of the documents with train queries whose queries are all held out,
+        in a corpus where other documents have none: so dev tells how such documents are to be
+        ranked. 50 documents at least, 5 % of those with train queries at most; 0 for none.
     """
 
     indexing_share: float = -1.0
@@ -109,6 +112,7 @@ class DataConfig:
     input_length: int = 0
     dev_queries: int = 1000
     held_out: float = 0.05
+    held_out_documents: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,6 +16,7 @@ _SHARES = (
     "word_dropout",
     "pseudo_share",
     "held_out",
+    "held_out_documents",
     "label_smoothing",
     "share",
 )

@@ -50,7 +50,9 @@ class RetrievedDocument(Hit):
       docid: its identifier as text.
       generation: log p(docid | query), in nats.
       semantic: similarity of query and document; None where the retriever has no vectors.
-      fused: log p / length^alpha + weight * similarity; None where it has none.
+      fused: see `genret_jax.scoring.Fusion`; None where it has none.
+      unseen: whether no train query names the document, which then has weights of its own; None
+        where that is not told apart.
     """
 
     title: str
@@ -58,6 +60,7 @@ class RetrievedDocument(Hit):
     generation: float
     semantic: float | None = None
     fused: float | None = None
+    unseen: bool | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,6 +143,7 @@ class Retriever:
             input_length=int(self.about["input_length"]),
             similarity=stage.get("similarity", "cosine"),
             fusion=Fusion(**self.about.get("fusion", {})),
+            unseen=self.vectors.unseen if self.vectors else None,
         )
 
     @overload
@@ -268,6 +272,7 @@ class Retriever:
             generation=ranked.generation,
             semantic=ranked.semantic,
             fused=ranked.fused,
+            unseen=ranked.unseen,
         )
 
     def save(self, folder: str | Path) -> None:
@@ -310,6 +315,11 @@ class Retriever:
             vectors = DocumentVectors.load(
                 folder, documents=len(index.documents), width=int(about["network"]["embed_dim"])
             )
+            if vectors.unseen is None and "unseen_weight" in about["fusion"]:
+                raise UserError(
+                    f"{folder}: which documents no train query names is not here, and has a "
+                    "weight; run `genret fit` again"
+                )
         return cls(index=index, params=params, about=about, folder=folder, vectors=vectors)
 
 

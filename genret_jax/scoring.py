@@ -1,22 +1,17 @@
-"""From what the beam and the vectors say of a document to one score, and its weights from dev."""
+"""From what the beam and the vectors say of a document to one score."""
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
-from jaxtyping import Float32, Int32
+from jaxtyping import Bool, Float32, Int32
 
-from genret_jax.evaluation import evaluate
-from genret_jax.trec import Qrels, Run
+from genret_jax.trec import Run
 
 SCORINGS = ("fused", "generation", "semantic")
-_ALPHAS = (0.0, 0.5, 1.0)
-_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
-# In units of 1 / temperature: at 1 the similarity counts as it did in training.
-_WEIGHTS = (0.0, 0.125, 0.25, 0.375, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 8.0, 16.0, 32.0)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -32,6 +27,7 @@ class Candidates:
       text: similarity of the query and the nearest piece of the document's text; None without
         vectors.
       asked: of the query and the document's nearest train query; `text` where it has none.
+      unseen: whether no train query names the document; None where that is not told apart.
     """
 
     positions: Int32[np.ndarray, " n"]
@@ -41,23 +37,41 @@ class Candidates:
     query: Float32[np.ndarray, " embed"]
     text: Float32[np.ndarray, " n"] | None = None
     asked: Float32[np.ndarray, " n"] | None = None
+    unseen: Bool[np.ndarray, " n"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Fusion:
     """score = log p(docid | query) / length^alpha + weight * similarity.
 
-    similarity = (1 - query_share) * text + query_share * asked; see `Candidates`.
+    similarity = (1 - query_share) * text + query_share * asked; see `Candidates`. Where documents
+    that no train query names are told apart, their score is
+
+        log p / length^alpha + unseen_weight * similarity + unseen_offset
+
+    for the model writes their docids too seldom, and their similarity is that of their text.
 
     Attributes:
       alpha: 0 takes the probability of the whole docid, 1 its geometric mean a token.
       weight: of the similarity; 0 ranks by generation alone.
       query_share: how much of the similarity is that of the nearest train query.
+      unseen_weight: of the similarity of a document that no train query names; None: `weight`, as
+        of all others.
+      unseen_offset: added to the score of such a document, where it has a weight of its own.
     """
 
     alpha: float = 0.0
     weight: float = 0.0
     query_share: float = 0.0
+    unseen_weight: float | None = None
+    unseen_offset: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Its fields, without those of unseen documents where these are not told apart."""
+        out = dataclasses.asdict(self)
+        if self.unseen_weight is None:
+            del out["unseen_weight"], out["unseen_offset"]
+        return out
 
     def semantic(self, found: Candidates) -> Float32[np.ndarray, " n"]:
         """Similarity of the query and each candidate, which has vectors."""
@@ -80,8 +94,26 @@ class Fusion:
         semantic = self.semantic(found)
         if scoring == "semantic":
             return semantic
-        mean = found.generation / found.lengths.astype(np.float32) ** np.float32(self.alpha)
-        return mean + np.float32(self.weight) * semantic
+        return self.fused(self.mean(found), semantic, found.unseen)
+
+    def mean(self, found: Candidates) -> Float32[np.ndarray, " n"]:
+        """log p / length^alpha."""
+        return found.generation / found.lengths.astype(np.float32) ** np.float32(self.alpha)
+
+    def fused(
+        self,
+        mean: Float32[np.ndarray, " n"],
+        semantic: Float32[np.ndarray, " n"],
+        unseen: Bool[np.ndarray, " n"] | None,
+    ) -> Float32[np.ndarray, " n"]:
+        """The fused score from its parts."""
+        if self.unseen_weight is None:
+            return mean + np.float32(self.weight) * semantic
+        if unseen is None:
+            raise ValueError("which documents no train query names is not known, and has a weight")
+        weight = np.where(unseen, np.float32(self.unseen_weight), np.float32(self.weight))
+        offset = np.where(unseen, np.float32(self.unseen_offset), np.float32(0))
+        return mean + weight * semantic + offset
 
 
 def run_of_candidates(
@@ -109,53 +141,3 @@ def run_of_candidates(
         )
         for query, c in found.items()
     }
-
-
-def fit_fusion(
-    found: Mapping[str, Candidates],
-    qrels: Qrels,
-    document_ids: Sequence[str],
-    *,
-    temperature: float,
-    metric: str,
-) -> tuple[Fusion, dict[float, float]]:
-    """The weights with the best dev metric; among equals, those nearest to training's.
-
-    The share of train queries is chosen with the whole log p, the length exponent for that share.
-
-    Args:
-      found: dev query id -> candidates with similarities.
-      qrels: judgements of the dev queries.
-      document_ids: by position.
-      temperature: of the contrastive loss, which sets the unit of the weight.
-      metric: for example "mrr@10".
-
-    Returns:
-      The weights, and the metric over the weight of the similarity at the chosen alpha and share.
-    """
-    lengths = {int(n) for c in found.values() for n in np.unique(c.lengths)}
-    alphas = _ALPHAS if len(lengths) > 1 else (0.0,)
-    values: dict[Fusion, float] = {}
-
-    def preference(fusion: Fusion) -> tuple[float, ...]:
-        far = abs(fusion.weight * temperature - 1.0)
-        return values[fusion], -far, -abs(fusion.query_share - 0.5), -fusion.alpha
-
-    def best(alphas: Sequence[float], shares: Sequence[float]) -> Fusion:
-        for alpha, share, weight in itertools.product(alphas, shares, _WEIGHTS):
-            fusion = Fusion(alpha, weight / temperature, share)
-            if fusion not in values:
-                run = run_of_candidates(found, fusion, document_ids)
-                values[fusion] = evaluate(run, qrels, (metric,))[metric]
-        return max(values, key=preference)
-
-    two = any(c.text is not None and (c.text != c.asked).any() for c in found.values())
-    chosen = best(alphas[:1], _SHARES if two else (0.0,))
-    if len(alphas) > 1:
-        chosen = best(alphas, (chosen.query_share,))
-    curve = {
-        fusion.weight: value
-        for fusion, value in values.items()
-        if (fusion.alpha, fusion.query_share) == (chosen.alpha, chosen.query_share)
-    }
-    return chosen, curve

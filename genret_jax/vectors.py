@@ -17,6 +17,7 @@ STORES = ("float32", "bfloat16", "int8")
 _MOST_AT_ONCE = 1 << 27  # numbers, in float32 half a GB
 _QUERIES_AT_ONCE = 64
 _FILE, _SCALES, _BOUNDS = "vectors.npy", "vectors.scales.npy", "vectors.bounds.npy"
+_UNSEEN = "vectors.unseen.npy"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -28,11 +29,13 @@ class DocumentVectors:
         `scales`.
       bounds: int64[documents + 1, 2]; see `genret_jax.data.views.Views`.
       scales: float32[views], for int8; None otherwise.
+      unseen: bool[documents], those that no train query names; None where that is not told apart.
     """
 
     values: np.ndarray
     bounds: np.ndarray
     scales: np.ndarray | None = None
+    unseen: np.ndarray | None = None
 
     @classmethod
     def of(
@@ -82,8 +85,8 @@ class DocumentVectors:
 
     @property
     def num_bytes(self) -> int:
-        scales = 0 if self.scales is None else self.scales.nbytes
-        return self.values.nbytes + self.bounds.nbytes + scales
+        more = [x.nbytes for x in (self.scales, self.unseen) if x is not None]
+        return self.values.nbytes + self.bounds.nbytes + sum(more)
 
     @property
     def store(self) -> str:
@@ -128,7 +131,13 @@ class DocumentVectors:
 
         Where all vectors fit into memory, one matrix product with all of them takes less time than
         gathering those of a beam's documents for every query.
+
+        Raises:
+          ValueError: a document has no piece of text.
         """
+        has_piece = self.bounds[:-1, 1] > self.bounds[:-1, 0]
+        if not all(has_piece[some].all() for some in positions):
+            raise ValueError("a document without a piece of text has no similarity")
         if self.values.size > _MOST_AT_ONCE:
             return [self.similarities(p, q) for p, q in zip(positions, queries, strict=True)]
         found = []
@@ -142,10 +151,8 @@ class DocumentVectors:
     def _nearest_views(
         self, queries: Float32[np.ndarray, "queries embed"]
     ) -> tuple[Float32[np.ndarray, "queries documents"], Float32[np.ndarray, "queries documents"]]:
-        """Both parts of `similarities`, for all documents."""
-        begin, middle, end = self.bounds[:-1, 0], self.bounds[:-1, 1], self.bounds[1:, 0]
-        if (middle == begin).any():
-            raise ValueError("a document without a piece of text has no similarity")
+        """Both parts of `similarities`, for all documents; without meaning where no piece is."""
+        middle, end = self.bounds[:-1, 1], self.bounds[1:, 0]
         scores = queries @ self._in_memory.T
         # One column more, so that the last document may end where its pieces end.
         scores = np.pad(scores, ((0, 0), (0, 1)), constant_values=-np.inf)
@@ -167,11 +174,13 @@ class DocumentVectors:
         return found
 
     def save(self, folder: str | Path) -> None:
-        """Writes two or three .npy files into an existing folder."""
+        """Writes .npy files, two to four, into an existing folder."""
         np.save(Path(folder) / _BOUNDS, self.bounds, allow_pickle=False)
         np.save(Path(folder) / _FILE, self.values, allow_pickle=False)
         if self.scales is not None:
             np.save(Path(folder) / _SCALES, self.scales, allow_pickle=False)
+        if self.unseen is not None:
+            np.save(Path(folder) / _UNSEEN, self.unseen, allow_pickle=False)
 
     @classmethod
     def load(
@@ -194,6 +203,9 @@ class DocumentVectors:
             scales = None
             if values.dtype == np.int8:
                 scales = np.load(folder / _SCALES, mmap_mode="r", allow_pickle=False)
+            unseen = None
+            if (folder / _UNSEEN).is_file():
+                unseen = np.load(folder / _UNSEEN, allow_pickle=False)
             if values.dtype not in (np.float32, np.int16, np.int8):
                 raise ValueError(f"{_FILE} is {values.dtype}")
         except (OSError, ValueError, EOFError) as error:
@@ -214,9 +226,14 @@ class DocumentVectors:
                     f"{folder / name}: shape {array.shape}, but the documents have {views} "
                     "views; run `genret fit` again"
                 )
+        if unseen is not None and (unseen.shape, unseen.dtype) != ((documents,), np.bool_):
+            raise UserError(
+                f"{folder / _UNSEEN}: {unseen.dtype}{unseen.shape}, but the retriever has "
+                f"{documents} documents; run `genret fit` again"
+            )
         if width is not None and values.shape[1] != width:
             raise UserError(
                 f"{folder / _FILE}: vectors of {values.shape[1]} numbers, but the network has "
                 f"{width}; run `genret fit` again"
             )
-        return cls(values, bounds, scales)
+        return cls(values, bounds, scales, unseen)

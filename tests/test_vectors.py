@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -152,7 +154,35 @@ def test_a_document_without_a_piece_is_an_error(vectors):
     with pytest.raises(ValueError, match="without a piece"):
         found.similarities(np.array([0, 1]), vectors[0])
     with pytest.raises(ValueError, match="without a piece"):
-        found.of_several([np.array([0])], [vectors[0]])
+        found.of_several([np.array([0]), np.array([1])], [vectors[0]] * 2)
+
+
+def test_documents_without_vectors_leave_the_others_theirs(vectors):
+    """While parameters are compared, only documents that some beam reached have vectors."""
+    bounds = np.array([[0, 0], [0, 2], [4, 4], [4, 5], [5, 5], [7, 7]])
+    bounds[4] = [5, 7]
+    found = DocumentVectors.of(vectors, np.vstack([bounds, [[7, 7]]]), store="float32")
+    positions = [np.array([1, 3]), np.array([4]), np.array([4, 1])]
+    for (text, asked), one, query in zip(
+        found.of_several(positions, vectors[:3]), positions, vectors[:3], strict=True
+    ):
+        alone = found.similarities(one, query)
+        np.testing.assert_allclose(text, alone[0], atol=1e-6)
+        np.testing.assert_allclose(asked, alone[1], atol=1e-6)
+
+
+def test_what_no_train_query_names_is_kept_beside_the_vectors(vectors, tmp_path):
+    unseen = np.array([True, False, True])
+    made = DocumentVectors.of(vectors, BOUNDS, store="int8")
+    told = dataclasses.replace(made, unseen=unseen)
+    told.save(tmp_path)
+    found = DocumentVectors.load(tmp_path, documents=3)
+    assert found.unseen.tolist() == unseen.tolist()
+    assert found.num_bytes == told.num_bytes == made.num_bytes + 3
+    for wrong in (unseen[:2], unseen.astype(np.int8)):
+        np.save(tmp_path / "vectors.unseen.npy", wrong)
+        with pytest.raises(UserError, match="vectors.unseen.npy: .* has 3 documents"):
+            DocumentVectors.load(tmp_path, documents=3)
 
 
 @pytest.mark.parametrize("store", STORES)

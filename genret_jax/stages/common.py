@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
+from jaxtyping import Bool, Float64, Int
 
 from genret_jax.corpus import Document
 from genret_jax.data.batches import Batches, Pool, length_buckets, materialise
@@ -15,14 +16,16 @@ from genret_jax.data.examples import TrainingExamples, make_examples
 from genret_jax.data.tasks import register
 from genret_jax.data.vocabulary import SeqioVocabulary
 from genret_jax.documents import descending
+from genret_jax.evaluation import per_query
 from genret_jax.indexing import Index
-from genret_jax.modeling.model import RetrievalModel
-from genret_jax.ranking import Ranker
+from genret_jax.modeling.model import Params, RetrievalModel
+from genret_jax.ranking import BATCH_SIZES, Ranker
 from genret_jax.recipe import Recipe
 from genret_jax.scoring import Fusion
 from genret_jax.splitting import Split
 from genret_jax.training import partitioning
 from genret_jax.training.profiling import Measuring
+from genret_jax.trec import Run
 
 log = logging.getLogger(__name__)
 DEV_BEAM = 10
@@ -41,6 +44,41 @@ def retrieval_model(recipe: Recipe, index: Index) -> RetrievalModel:
     return RetrievalModel(
         config, index.vocabulary.docids, vector=second.vector, **dataclasses.asdict(recipe.loss)
     )
+
+
+def compile_search(ranker: Ranker, params: Params, queries: Iterable[str], beam: int) -> None:
+    """Searches for a few of the queries, one batch of every size that all of them need."""
+    texts = list(queries)
+    last = len(texts) % BATCH_SIZES[-1]
+    for some in (texts[: BATCH_SIZES[-1]], texts[len(texts) - last :]):
+        ranker.candidates(params, some, beam=beam)
+
+
+def dev_metrics(run: Run, split: Split, metrics: Sequence[str]) -> dict[str, float]:
+    """Metrics of a run of the dev queries; see `by_kind`."""
+    return by_kind(per_query(run, split.dev_qrels, metrics), split)
+
+
+def by_kind(
+    values: Mapping[str, Float64[np.ndarray, " queries"]], split: Split
+) -> dict[str, float]:
+    """Metrics of the dev queries from those of each.
+
+    Where documents without train queries are told apart, the metric is the mean of that of the
+    queries about them ("unseen_...") and that of the others ("seen_..."), each with equal weight:
+    at search time nobody knows of which kind a query is, or how many are of each.
+
+    Args:
+      values: metric -> one number a query, in the order of `split.dev_qrels`.
+      split: whose dev queries they are.
+    """
+    if not 0 < len(split.unseen) < len(split.dev_qrels):
+        return {name: float(value.mean()) for name, value in values.items()}
+    unseen = np.array([query in split.unseen for query in split.dev_qrels])
+    kinds = {"seen_": ~unseen, "unseen_": unseen}
+    parts = {k: {n: float(v[of].mean()) for n, v in values.items()} for k, of in kinds.items()}
+    means = {n: (parts["seen_"][n] + parts["unseen_"][n]) / 2 for n in values}
+    return means | {k + n: value for k, part in parts.items() for n, value in part.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +115,16 @@ class Materials:
         return [document.id for document in self.documents]
 
     @functools.cached_property
+    def order(self) -> Int[np.ndarray, " documents"]:
+        """See `Ranker.order`."""
+        return descending(self.document_ids)
+
+    @functools.cached_property
+    def unseen(self) -> Bool[np.ndarray, " documents"] | None:
+        """See `Split.unseen_documents`."""
+        return self.split.unseen_documents(len(self.documents))
+
+    @functools.cached_property
     def input_length(self) -> int:
         return self.recipe.data.input_length or self.examples.input_length()
 
@@ -89,10 +137,11 @@ class Materials:
             model=self.model,
             vocabulary=self.index.vocabulary,
             trie=self.index.trie,
-            order=descending(self.document_ids),
+            order=self.order,
             input_length=self.input_length,
             similarity=self.recipe.contrastive.similarity,
             fusion=fusion or Fusion(),
+            unseen=self.unseen,
         )
 
     @functools.cached_property

@@ -6,27 +6,27 @@ import functools
 from collections.abc import Callable
 from pathlib import Path
 
-from genret_jax.evaluation import evaluate
 from genret_jax.modeling.model import Params
 from genret_jax.pretrained.checkpoint import open_checkpoint
 from genret_jax.scoring import run_of_candidates
-from genret_jax.stages.common import DEV_BEAM, Materials
+from genret_jax.stages.common import DEV_BEAM, Materials, compile_search, dev_metrics
 from genret_jax.training import processes
 from genret_jax.training.budget import Clock
 from genret_jax.training.lexical_start import lexical_start
 from genret_jax.training.pretrained_start import pretrained_start
-from genret_jax.training.trainer import Evaluate, TrainResult, train
+from genret_jax.training.trainer import TrainResult, train
 
 
 def train_docids(materials: Materials, folder: Path, clock: Clock) -> TrainResult:
     """Trains with docid cross-entropy, or goes on where the run in `folder` stopped."""
-    config = materials.recipe.train
+    config, evaluate = materials.recipe.train, dev_evaluation(materials)
     return train(
         materials.model,
         materials.batches(materials.pools, batch_size=config.batch_size),
         config=config,
         folder=folder,
-        evaluate=dev_evaluation(materials),
+        evaluate=evaluate,
+        compile_evaluation=evaluate and evaluate.compile,
         clock=clock,
         start=starting(materials),
         measuring=materials.measuring,
@@ -62,22 +62,29 @@ def starting(materials: Materials) -> Callable[[Params], Params] | None:
     )
 
 
-def dev_evaluation(materials: Materials) -> Evaluate | None:
-    """Dev metrics of generation; None without dev queries."""
-    split = materials.split
-    if not split.dev_queries:
-        return None
-    names, texts = list(split.dev_queries), list(split.dev_queries.values())
-    ranker = materials.ranker()
+class DevEvaluation:
+    """Parameters -> dev metrics of generation."""
 
-    def run(params: Params) -> dict[str, float]:
+    def __init__(self, materials: Materials):
+        self._materials, self._ranker = materials, materials.ranker()
+
+    def __call__(self, params: Params) -> dict[str, float]:
+        materials, ranker = self._materials, self._ranker
+        queries = materials.split.dev_queries
         reached = processes.spread(
-            lambda some: ranker.candidates(params, some, beam=DEV_BEAM), texts
+            lambda some: ranker.candidates(params, some, beam=DEV_BEAM), list(queries.values())
         )
-        found = dict(zip(names, reached, strict=True))
+        found = dict(zip(queries, reached, strict=True))
         scores = run_of_candidates(
             found, ranker.fusion, materials.document_ids, scoring="generation"
         )
-        return evaluate(scores, split.dev_qrels, materials.metrics)
+        return dev_metrics(scores, materials.split, materials.metrics)
 
-    return run
+    def compile(self, params: Params) -> None:
+        """Compiles what a call needs, without most of its work."""
+        compile_search(self._ranker, params, self._materials.split.dev_queries.values(), DEV_BEAM)
+
+
+def dev_evaluation(materials: Materials) -> DevEvaluation | None:
+    """None without dev queries."""
+    return DevEvaluation(materials) if materials.split.dev_queries else None

@@ -46,6 +46,7 @@ def train_margin(materials: Materials, params: Params, folder: Path, clock: Cloc
     def refresh(step: int, now: Params) -> None:
         batches.negatives = miner.negatives(step, now)
 
+    evaluate = dev_evaluation(materials)
     result = train(
         MarginModel(
             materials.model,
@@ -57,7 +58,8 @@ def train_margin(materials: Materials, params: Params, folder: Path, clock: Cloc
         batches,
         config=config.train_config(recipe.train),
         folder=folder,
-        evaluate=dev_evaluation(materials),
+        evaluate=evaluate,
+        compile_evaluation=evaluate and evaluate.compile,
         clock=clock,
         start=lambda _: params,
         refresh=refresh if config.refresh_every else None,

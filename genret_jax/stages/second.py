@@ -26,7 +26,6 @@ from genret_jax.data.contrastive import (
 )
 from genret_jax.docids.features import unit_length
 from genret_jax.errors import UserError
-from genret_jax.evaluation import evaluate
 from genret_jax.modeling.contrastive import JointWeights
 from genret_jax.modeling.model import Params, RetrievalModel
 from genret_jax.modeling.ranking_model import RankingModel
@@ -38,10 +37,10 @@ from genret_jax.negatives import (
     mine,
     prefix_negatives,
 )
-from genret_jax.ranking import Ranker, with_similarities
 from genret_jax.recipe import ContrastiveConfig
-from genret_jax.scoring import SCORINGS, Candidates, Fusion, fit_fusion, run_of_candidates
-from genret_jax.stages.common import DEV_BEAM, Materials
+from genret_jax.scoring import Fusion
+from genret_jax.stages.common import Materials
+from genret_jax.stages.dev_fusion import dev_evaluation, fit_on_dev
 from genret_jax.training import processes
 from genret_jax.training.budget import Clock
 from genret_jax.training.trainer import TrainResult, train
@@ -51,7 +50,6 @@ log = logging.getLogger(__name__)
 _ENCODE = 64  # views encoded at a time
 _DEV_VIEWS = 32  # of each kind, of a document, while parameters are compared
 _MOST_DEV_VIEWS = 50_000  # of all documents together
-_FUSION_BEAM = 100  # what a search uses when nothing else is asked
 _PREFIX_POOL = 16  # prefix negatives kept a document
 _MINING_SETTINGS = (
     "source",
@@ -123,12 +121,14 @@ def train_ranking(materials: Materials, params: Params, folder: Path, clock: Clo
                 "or fewer views (ContrastiveConfig.pieces, ContrastiveConfig.queries)",
                 clock.reserve,
             )
+    evaluate = dev_evaluation(materials, encoder)
     result = train(
         ranking_model(config, materials.model, prefix_negatives=counts[0]),
         batches,
         config=config.train_config(materials.recipe.train),
         folder=folder,
-        evaluate=_dev_evaluation(materials, encoder),
+        evaluate=evaluate,
+        compile_evaluation=evaluate and evaluate.compile,
         clock=clock,
         start=lambda _: params,
         refresh=refresh if config.refresh_every else None,
@@ -146,7 +146,7 @@ def take_ranking(materials: Materials, params: Params, step: int) -> SecondStage
     encoder = DocumentEncoder(
         materials, DocumentSide.of(materials.examples, positives, docids, config)
     )
-    evaluate = _dev_evaluation(materials, encoder)
+    evaluate = dev_evaluation(materials, encoder)
     result = TrainResult(params, step, evaluate(params) if evaluate else {}, step)
     return _finished(materials, encoder, result, {})
 
@@ -156,16 +156,16 @@ def _finished(
 ) -> SecondStage:
     """Vectors and fusion for the parameters that training chose; `report` goes on with them."""
     vectors = encoder.all(result.params)
-    fusion, curve = _fit_fusion(materials, result.params, vectors)
+    fitted = fit_on_dev(materials, result.params, vectors)
     report |= {
-        "fusion": {**dataclasses.asdict(fusion), "dev": curve},
+        "fusion": fitted.to_dict(),
         "vectors": {
             "store": materials.recipe.contrastive.store,
             "views": int(vectors.bounds[-1, 0]),
             "bytes": vectors.num_bytes,
         },
     }
-    return SecondStage(result, report, vectors, fusion)
+    return SecondStage(result, report, vectors, fitted.fusion)
 
 
 def negatives_an_example(config: ContrastiveConfig, some_share: bool) -> tuple[int, int]:
@@ -325,6 +325,7 @@ class DocumentEncoder:
         config = materials.recipe.contrastive
         self._side, self._store = side, config.store
         self._cosine = config.similarity == "cosine"
+        self._unseen = materials.unseen
         self._encode = jax.jit(materials.model.vectors)
         self._embed = materials.model.config.embed_dim
         self._used = -(-(side.views.tokens > 0).sum(1) // 8) * 8
@@ -332,7 +333,8 @@ class DocumentEncoder:
     def all(self, params: Params) -> DocumentVectors:
         """Vectors as they are kept with the retriever; each process encodes its share."""
         everything = np.arange(len(self._side.views.tokens))
-        return self._some(params, everything, store=self._store, quiet=False)
+        made = self._some(params, everything, store=self._store, quiet=False)
+        return dataclasses.replace(made, unseen=self._unseen)
 
     def few(
         self, params: Params, documents: np.ndarray, *, most: int = _MOST_DEV_VIEWS
@@ -346,6 +348,12 @@ class DocumentEncoder:
         rows = self._side.views.at_most(count)
         rows = rows[np.isin(self._side.views.owners[rows], documents)]
         return self._some(params, rows, store="float32", quiet=True)
+
+    def compile(self, params: Params) -> None:
+        """Encodes one batch of every width that there is, so that no later one is slow."""
+        on_device = jax.device_put(params)
+        for width in np.unique(self._used):
+            self._batch(on_device, np.flatnonzero(self._used == width)[:1], int(width))
 
     def seconds(self, params: Params) -> float:
         """What `all` will take, by the time of one batch of the longest views."""
@@ -392,72 +400,6 @@ class DocumentEncoder:
         return made
 
 
-def _dev_candidates(
-    materials: Materials, params: Params, ranker: Ranker, beam: int
-) -> dict[str, Candidates]:
-    queries = materials.split.dev_queries
-    beam = min(beam, len(materials.index.trie.rows))
-    found = processes.spread(
-        lambda some: ranker.candidates(params, some, beam=beam), list(queries.values())
-    )
-    return dict(zip(queries, found, strict=True))
-
-
-def _dev_evaluation(materials: Materials, encoder: DocumentEncoder) -> Any:
-    """Dev metrics of the fused score, with the weight of the similarity that is best just now."""
-    split, recipe = materials.split, materials.recipe
-    if not split.dev_queries:
-        return None
-    ranker = materials.ranker()
-
-    def run(params: Params) -> dict[str, float]:
-        reached = _dev_candidates(materials, params, ranker, DEV_BEAM)
-        vectors = encoder.few(params, np.concatenate([c.positions for c in reached.values()]))
-        near = with_similarities(list(reached.values()), vectors.of_several)
-        found = dict(zip(reached, near, strict=True))
-        fusion, _ = fit_fusion(
-            found,
-            split.dev_qrels,
-            materials.document_ids,
-            temperature=_temperature(materials, params),
-            metric=recipe.train.metric,
-        )
-        values: dict[str, float] = {}
-        for scoring in SCORINGS:
-            prefix = "" if scoring == "fused" else f"{scoring}_"
-            scores = run_of_candidates(found, fusion, materials.document_ids, scoring=scoring)
-            metrics = evaluate(scores, split.dev_qrels, materials.metrics)
-            values |= {f"{prefix}{name}": value for name, value in metrics.items()}
-        return values
-
-    return run
-
-
 def seconds_after_training(materials: Materials, encoder: DocumentEncoder, params: Params) -> float:
     """What vectors and fusion will take."""
     return 1.2 * encoder.seconds(params) + _SECONDS_A_DEV_QUERY * len(materials.split.dev_queries)
-
-
-def _temperature(materials: Materials, params: Params) -> float:
-    """That of the contrastive losses, as it is or as it was learned."""
-    config = materials.recipe.contrastive
-    if not config.learned_temperature:
-        return config.temperature
-    return config.temperature * float(np.exp(params["log_temperature"]))
-
-
-def _fit_fusion(
-    materials: Materials, params: Params, vectors: DocumentVectors
-) -> tuple[Fusion, dict[float, float]]:
-    if not materials.split.dev_queries:
-        log.warning("no dev queries: the similarity gets the weight it had in training")
-        return Fusion(0.0, 1.0 / _temperature(materials, params), 0.5), {}
-    reached = _dev_candidates(materials, jax.device_put(params), materials.ranker(), _FUSION_BEAM)
-    near = with_similarities(list(reached.values()), vectors.of_several)
-    return fit_fusion(
-        dict(zip(reached, near, strict=True)),
-        materials.split.dev_qrels,
-        materials.document_ids,
-        temperature=_temperature(materials, params),
-        metric=materials.recipe.train.metric,
-    )

@@ -94,6 +94,7 @@ def train(
     config: TrainConfig,
     folder: Path,
     evaluate: Evaluate | None = None,
+    compile_evaluation: Callable[[Params], object] | None = None,
     clock: Clock | None = None,
     mesh: jax.sharding.Mesh | None = None,
     start: Callable[[Params], Params] | None = None,
@@ -110,6 +111,8 @@ def train(
       folder: of checkpoints and metrics.
       evaluate: parameters -> dev metrics, with `config.metric` among them; the same in every
         process. The parameters lie on the process's own devices.
+      compile_evaluation: called once with the first parameters, so that no evaluation compiles
+        while it is timed; by default a whole evaluation is made for that.
       clock: a time budget; by default the run has `config.steps`.
       mesh: all devices by default.
       start: fresh parameters -> those to begin with, on the host; the fresh ones by default. Not
@@ -152,7 +155,7 @@ def train(
         loop.measure(measuring.peak, Tracer(measuring.traces and measuring.traces / folder.name))
         if evaluate and not plan.done:
             # Compiles, so that the first timed evaluation does not.
-            evaluate(partitioning.on_own_devices(state.params))
+            (compile_evaluation or evaluate)(partitioning.on_own_devices(state.params))
         if plan.step == 0:
             loop.evaluate(state, plan)
         if refresh and plan.step >= refresh_every and not plan.done:
