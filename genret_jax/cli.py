@@ -218,16 +218,17 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _ranking_options(retriever: Opened, arguments: argparse.Namespace) -> dict[str, Any]:
-    """--beam and --scoring for what has them."""
+    """--beam, --scoring and --look-ahead for what has them."""
     from genret_jax.retriever import DEFAULT_BEAM, Retriever
 
-    beam, scoring = arguments.beam, arguments.scoring
+    given = {name: getattr(arguments, name) for name in ("beam", "scoring", "look_ahead")}
+    given = {name: value for name, value in given.items() if value is not None}
     if isinstance(retriever, Retriever):
-        return {"beam": DEFAULT_BEAM if beam is None else beam, "scoring": scoring}
-    if beam is not None or scoring is not None:
-        option = "--scoring" if beam is None else "--beam"
+        return {"beam": DEFAULT_BEAM, **given}
+    if given:
+        option = next(iter(given)).replace("_", "-")
         raise UserError(
-            f"{option} is for methods that generate docids; {arguments.run_folder} is of method "
+            f"--{option} is for methods that generate docids; {arguments.run_folder} is of method "
             f"{retriever.name}: leave it out"
         )
     return {}

@@ -72,6 +72,12 @@ def add_ranking_options(command: argparse.ArgumentParser) -> None:
         "--scoring",
         help="fused, generation or semantic (default fused, where the retriever has vectors)",
     )
+    command.add_argument(
+        "--look-ahead",
+        type=float,
+        metavar="W",
+        help="steer the beam by W nats a unit of similarity, too (default 0; needs vectors)",
+    )
 
 
 def add_recipe_options(command: argparse.ArgumentParser) -> None:
