@@ -15,6 +15,11 @@ def add_fit_options(command: argparse.ArgumentParser) -> None:
         "--stage", type=int, help="1: docids alone; 2: go on from there (default: all)"
     )
     command.add_argument(
+        "--stage-one",
+        metavar="RUN",
+        help="begin stage 2 with the stage 1 of that run, of the same recipe but for it",
+    )
+    command.add_argument(
         "--from-t5x",
         metavar="MODEL_DIR",
         help="take this stage's parameters from T5X's training instead of training it here",
@@ -133,6 +138,7 @@ def add_ablate_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--minutes", type=float, help="of each run; variants share stage 1, which counts for each"
     )
+    _add_jobs(command)
     _add_seeds(command, "every variant is trained with each")
     command.add_argument("--split", default="test", help="which queries (default test)")
     command.add_argument(
@@ -170,13 +176,7 @@ def add_compare_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--steps", type=int, help="instead: that each is trained for, all its stages together"
     )
-    command.add_argument(
-        "--jobs",
-        type=int,
-        default=1,
-        metavar="N",
-        help="trainings at a time, each a process with its own log in OUT/logs (default 1)",
-    )
+    _add_jobs(command)
     _add_seeds(command, "every method that is trained is trained with each")
     command.add_argument(
         "--splits",
@@ -187,6 +187,16 @@ def add_compare_options(command: argparse.ArgumentParser) -> None:
         "ones, a table each; of several collections each is asked those that it has",
     )
     add_gin_options(command)
+
+
+def _add_jobs(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        metavar="N",
+        help="trainings at a time, each a process with its own log in OUT/logs (default 1)",
+    )
 
 
 def _add_seeds(command: argparse.ArgumentParser, what: str) -> None:
