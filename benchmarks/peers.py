@@ -7,7 +7,6 @@ the package static_decoding (github.com/youtube/static-constraint-decoding) on t
 from __future__ import annotations
 
 import dataclasses
-import functools
 import importlib.util
 import sys
 import time
@@ -38,11 +37,39 @@ class Peer(Protocol):
 
     about: dict[str, Any]
 
-    def __init__(self, problem: Problem, beam: int, part: str): ...
+    def __init__(self, problem: Problem, beam: int, part: str, device: str = "cpu"): ...
 
-    def run(self, number: int) -> Any: ...
+    def run(self, number: int) -> Any:
+        """Searches batch `number`, and has the result when it returns."""
 
     def found(self, number: int) -> Found: ...
+
+    def memory(self) -> int | None:
+        """Bytes of the device that weights, index and a run need at most; None: not known."""
+
+
+class Compiled:
+    """A JAX program, compiled when it is first called."""
+
+    def __init__(self, function: Any, *arguments: Any):
+        import jax
+
+        self._program, self._arguments = jax.jit(function), arguments
+        self._compiled: Any = None
+
+    def __call__(self, *more: Any) -> Any:
+        import jax
+
+        if self._compiled is None:
+            self._compiled = self._program.lower(*self._arguments, *more).compile()
+        return jax.block_until_ready(self._compiled(*self._arguments, *more))
+
+    def memory(self) -> int | None:
+        found = self._compiled and self._compiled.memory_analysis()
+        if not found:
+            return None
+        sizes = found.argument_size_in_bytes, found.temp_size_in_bytes, found.output_size_in_bytes
+        return int(sum(sizes))
 
 
 def lookup(problem: Problem) -> np.ndarray:
@@ -56,7 +83,7 @@ def lookup(problem: Problem) -> np.ndarray:
 class Ours:
     """genret_jax. Part "search" has the network, part "step" a table of logits in its place."""
 
-    def __init__(self, problem: Problem, beam: int, part: str):
+    def __init__(self, problem: Problem, beam: int, part: str, device: str = "cpu"):
         import jax
 
         from genret_jax.trie import build_trie
@@ -66,22 +93,25 @@ class Ours:
         began = time.process_time()
         trie = build_trie(table)
         built = time.process_time() - began
-        self.trie = trie.on_device()
+        on_device = trie.on_device()
         self.about = {
             "build_s": built,
             "bytes": trie.num_bytes,
-            "device_bytes": self.trie.num_bytes,
+            "device_bytes": on_device.num_bytes,
             "normaliser": "docid tokens and EOS",
         }
         if part == "search":
-            params = jax.device_put(problem.params)
-            run = jax.jit(functools.partial(problem.model.search, beam=beam))
-            self._run = lambda number: run(params, problem.queries(number), self.trie)
-        else:
-            logits, run = jax.device_put(lookup(problem)), jax.jit(self._step)
-            self._run = lambda number: run(logits, self.trie, np.int32(number))
+            self._of_number = problem.queries
 
-    def _step(self, logits: Any, trie: Any, number: Any) -> Any:
+            def search(trie: Any, params: Any, queries: Any) -> Any:
+                return problem.model.search(params, queries, trie, beam=beam)
+
+            self._run = Compiled(search, on_device, problem.device_params())
+        else:
+            self._of_number = np.int32
+            self._run = Compiled(self._step, on_device, jax.device_put(lookup(problem)))
+
+    def _step(self, trie: Any, logits: Any, number: Any) -> Any:
         import jax
         import jax.numpy as jnp
 
@@ -104,13 +134,14 @@ class Ours:
         )
 
     def run(self, number: int) -> Any:
-        import jax
-
-        return jax.block_until_ready(self._run(number))
+        return self._run(self._of_number(number))
 
     def found(self, number: int) -> Found:
         result = self.run(number)
         return Found(np.asarray(result.tokens), np.asarray(result.scores))
+
+    def memory(self) -> int | None:
+        return self._run.memory()
 
 
 def _start(tokens: Any, position: Any, number: Any) -> Any:
@@ -128,15 +159,12 @@ class Unconstrained:
     of the query not copied for each beam, the first step with one hypothesis.
     """
 
-    def __init__(self, problem: Problem, beam: int, part: str):
-        import jax
-
+    def __init__(self, problem: Problem, beam: int, part: str, device: str = "cpu"):
         self.problem, self.beam = problem, beam
         self.about = {"build_s": 0.0, "bytes": 0, "normaliser": "docid tokens and EOS"}
         if part != "search":
             raise ValueError("unconstrained: part search only")
-        params, run = jax.device_put(problem.params), jax.jit(self._search)
-        self._run = lambda number: run(params, problem.queries(number))
+        self._run = Compiled(self._search, problem.device_params())
 
     def _search(self, params: Any, encoder_tokens: Any) -> Any:
         import jax
@@ -173,13 +201,14 @@ class Unconstrained:
         return state[:2]
 
     def run(self, number: int) -> Any:
-        import jax
-
-        return jax.block_until_ready(self._run(number))
+        return self._run(self.problem.queries(number))
 
     def found(self, number: int) -> Found:
         tokens, scores = self.run(number)
         return Found(np.asarray(tokens), np.asarray(scores))
+
+    def memory(self) -> int | None:
+        return self._run.memory()
 
 
 class HuggingFace:
@@ -189,7 +218,7 @@ class HuggingFace:
     text pieces makes it normalise over docid tokens and EOS, as ours does.
     """
 
-    def __init__(self, problem: Problem, beam: int, part: str):
+    def __init__(self, problem: Problem, beam: int, part: str, device: str = "cpu"):
         import torch
         from transformers import T5Config, T5ForConditionalGeneration
 
@@ -227,6 +256,11 @@ class HuggingFace:
             raise ValueError(f"hf: weights do not fit: {missing}, {unexpected}")
         self.model.encoder.embed_tokens.weight = self.model.shared.weight
         self.model.decoder.embed_tokens.weight = self.model.shared.weight
+        self.device = torch.device("cuda" if device == "gpu" else "cpu")
+        if device == "gpu":
+            torch.cuda.empty_cache()  # what the problem before has left
+            torch.cuda.reset_peak_memory_stats()
+        self.model.to(self.device, getattr(torch, problem.dtype))
         began = time.process_time()
         self.trie: dict[int, Any] = {}
         for row in problem.docids.to_model(problem.tokens).tolist():
@@ -246,8 +280,8 @@ class HuggingFace:
         import torch
 
         with torch.inference_mode():
-            return self.model.generate(
-                torch.from_numpy(self.problem.queries(number)).long(),
+            found = self.model.generate(
+                torch.from_numpy(self.problem.queries(number)).long().to(self.device),
                 num_beams=self.beam,
                 num_return_sequences=self.beam,
                 max_new_tokens=self.problem.length,
@@ -257,16 +291,24 @@ class HuggingFace:
                 return_dict_in_generate=True,
                 output_scores=False,
             )
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return found
 
     def found(self, number: int) -> Found:
         result = self.run(number)
         shape = (self.problem.batch, self.beam, -1)
-        tokens = result.sequences.numpy()[:, 1:].reshape(shape)
+        tokens = result.sequences.cpu().numpy()[:, 1:].reshape(shape)
         scores = result.sequences_scores
         return Found(
             self.problem.docids.to_local(tokens),
-            None if scores is None else scores.numpy().reshape(shape[:2]),
+            None if scores is None else scores.float().cpu().numpy().reshape(shape[:2]),
         )
+
+    def memory(self) -> int | None:
+        import torch
+
+        return torch.cuda.max_memory_allocated() if self.device.type == "cuda" else None
 
 
 def torch_state(params: Any, encoder_layers: int, decoder_layers: int) -> dict[str, np.ndarray]:
@@ -319,7 +361,7 @@ def _size(node: dict[int, Any]) -> int:
 class Static:
     """STATIC's search with its own step; part "step" only, since its harness has no network."""
 
-    def __init__(self, problem: Problem, beam: int, part: str):
+    def __init__(self, problem: Problem, beam: int, part: str, device: str = "cpu"):
         import jax
         from static_decoding.csr_utils import build_static_index
         from static_decoding.decoding_jax import sparse_transition_jax
@@ -339,11 +381,9 @@ class Static:
             "bytes": sum(a.nbytes for a in arrays),
             "normaliser": "docid tokens and EOS",
         }
-        logits = jax.device_put(lookup(problem))
         batch = problem.batch
 
-        @jax.jit
-        def search(logits: Any, number: Any, packed, offsets, start, mask, states) -> Any:
+        def search(logits: Any, packed, offsets, start, mask, states, number: Any) -> Any:
             def model(inputs: Any, key: Any) -> Any:
                 first = inputs.shape[0] == batch and key is number
                 tokens = _start(inputs, 0 if first else 1, number)
@@ -366,15 +406,16 @@ class Static:
                 dense_states=states,
             )
 
-        self._run = lambda number: search(logits, np.int32(number), *arrays)
+        self._run = Compiled(search, jax.device_put(lookup(problem)), *arrays)
 
     def run(self, number: int) -> Any:
-        import jax
-
-        return jax.block_until_ready(self._run(number))
+        return self._run(np.int32(number))
 
     def found(self, number: int) -> Found:
         return Found(np.asarray(self.run(number)), None)
+
+    def memory(self) -> int | None:
+        return self._run.memory()
 
 
 PEERS: dict[str, Any] = {

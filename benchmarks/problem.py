@@ -53,6 +53,7 @@ class Problem:
       shape: of the network: T5 1.1's small or base, or tiny for a trial.
       batch: queries at a time.
       query_length: encoder tokens of a query.
+      dtype: of weights and activations, "float32" or "bfloat16".
       seed: of everything.
     """
 
@@ -63,28 +64,13 @@ class Problem:
     shape: str = "small"
     batch: int = 1
     query_length: int = 32
+    dtype: str = "float32"
     seed: int = 0
 
-    @functools.cached_property
+    @property
     def tokens(self) -> np.ndarray:
         """int32[ids, length], distinct and sorted; 0-padded where lengths vary."""
-        rng = np.random.default_rng(self.seed)
-        shape = (self.ids, self.length + (self.kind == "variable"))
-        if self.kind == "skewed":
-            weights = 1.0 / np.arange(1, self.vocab - FIRST_ID + 1)
-            bounds = np.cumsum(weights / weights.sum())
-            tokens = FIRST_ID + np.searchsorted(bounds[:-1], rng.random(shape, np.float32))
-        else:
-            tokens = rng.integers(FIRST_ID, self.vocab, shape)
-        tokens = tokens.astype(np.int32)
-        if self.kind == "variable":
-            ends = rng.integers(2, self.length + 1, (self.ids, 1))
-            place = np.arange(shape[1])
-            tokens = np.where(place < ends, tokens, np.where(place == ends, EOS_ID, 0))
-        order = np.lexsort(tokens.T[::-1]) if self.ids <= 10**6 else _order(tokens, self.vocab)
-        tokens = tokens[order].astype(np.int32)
-        new = np.append(True, (tokens[1:] != tokens[:-1]).any(axis=1))
-        return tokens[new]
+        return _tokens(self.ids, self.kind, self.length, self.vocab, self.seed)
 
     @functools.cached_property
     def table(self) -> DocidTable:
@@ -101,7 +87,7 @@ class Problem:
     @property
     def config(self) -> T5Config:
         size = -(-(TEXT + self.vocab) // 128) * 128
-        return T5Config(vocab_size=size, **SHAPES[self.shape])
+        return T5Config(vocab_size=size, dtype=self.dtype, **SHAPES[self.shape])
 
     @property
     def docids(self) -> DocidSpace:
@@ -111,34 +97,68 @@ class Problem:
     def model(self) -> RetrievalModel:
         return RetrievalModel(self.config, self.docids)
 
-    @functools.cached_property
+    @property
     def params(self) -> Any:
         """float32 numpy arrays: scales of one, and normal weights that keep activations even.
 
         The docid columns of the output matrix are three times as large as that: the scores of a
         trained network differ more than those of a random one, and a beam then has a winner.
         """
+        return _params(self.shape, self.vocab, self.seed)
+
+    def device_params(self) -> Any:
+        """The same in `dtype`, where JAX computes."""
         import jax
 
-        shapes, _ = jax.eval_shape(self.model.init, jax.random.key(0))
-        rng = np.random.default_rng(self.seed + 1)
-
-        def make(path: Any, leaf: Any) -> np.ndarray:
-            if path[-1].key == "scale":
-                return np.ones(leaf.shape, np.float32)
-            scale = 1.0 if path[-1].key == "embedding" else leaf.shape[0] ** -0.5
-            if any("query" in str(key) for key in path):
-                scale /= self.config.head_dim**0.5
-            if any("logits_dense" in str(key) for key in path):
-                scale *= 3.0
-            return rng.normal(scale=scale, size=leaf.shape).astype(np.float32)
-
-        return jax.tree_util.tree_map_with_path(make, shapes)
+        return jax.device_put(jax.tree.map(lambda x: x.astype(self.dtype), self.params))
 
     def queries(self, number: int) -> np.ndarray:
         """int32[batch, query_length]: batch `number` of queries, full to the last token."""
         rng = np.random.default_rng((self.seed, number))
         return rng.integers(3, TEXT, (self.batch, self.query_length)).astype(np.int32)
+
+
+# The last ones are kept: the next problem of a grid mostly differs in batch or beam alone.
+@functools.lru_cache(maxsize=1)
+def _tokens(ids: int, kind: str, length: int, vocab: int, seed: int) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    shape = (ids, length + (kind == "variable"))
+    if kind == "skewed":
+        weights = 1.0 / np.arange(1, vocab - FIRST_ID + 1)
+        bounds = np.cumsum(weights / weights.sum())
+        tokens = FIRST_ID + np.searchsorted(bounds[:-1], rng.random(shape, np.float32))
+    else:
+        tokens = rng.integers(FIRST_ID, vocab, shape)
+    tokens = tokens.astype(np.int32)
+    if kind == "variable":
+        ends = rng.integers(2, length + 1, (ids, 1))
+        place = np.arange(shape[1])
+        tokens = np.where(place < ends, tokens, np.where(place == ends, EOS_ID, 0))
+    order = np.lexsort(tokens.T[::-1]) if ids <= 10**6 else _order(tokens, vocab)
+    tokens = tokens[order].astype(np.int32)
+    new = np.append(True, (tokens[1:] != tokens[:-1]).any(axis=1))
+    return tokens[new]
+
+
+@functools.lru_cache(maxsize=1)
+def _params(shape: str, vocab: int, seed: int) -> Any:
+    import jax
+
+    problem = Problem(ids=1, shape=shape, vocab=vocab)
+    shapes, _ = jax.eval_shape(problem.model.init, jax.random.key(0))
+    rng = np.random.default_rng(seed + 1)
+
+    def make(path: Any, leaf: Any) -> np.ndarray:
+        if path[-1].key == "scale":
+            return np.ones(leaf.shape, np.float32)
+        scale = 1.0 if path[-1].key == "embedding" else leaf.shape[0] ** -0.5
+        if any("query" in str(key) for key in path):
+            scale /= problem.config.head_dim**0.5
+        if any("logits_dense" in str(key) for key in path):
+            scale *= 3.0
+        return rng.normal(scale=scale, size=leaf.shape).astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(make, shapes)
 
 
 def _order(tokens: np.ndarray, vocab: int) -> np.ndarray:

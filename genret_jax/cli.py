@@ -97,14 +97,17 @@ def fit(arguments: argparse.Namespace) -> None:
         log.setLevel(logging.WARNING)
 
     from genret_jax.searchers import fit_method
+    from genret_jax.training.budget import check_budget, with_steps
 
+    check_budget(arguments.steps, arguments.minutes)
     retriever = fit_method(
         arguments.corpus,
-        recipe=_recipe(arguments),
+        recipe=with_steps(_recipe(arguments), arguments.steps),
         out=arguments.out,
         minutes=arguments.minutes,
         started=arguments.started,
         stage=arguments.stage,
+        stage_one=arguments.stage_one,
         from_t5x=arguments.from_t5x,
         profile=arguments.profile,
         peak_flops=arguments.peak_flops,
@@ -216,16 +219,17 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _ranking_options(retriever: Opened, arguments: argparse.Namespace) -> dict[str, Any]:
-    """--beam and --scoring for what has them."""
+    """--beam, --scoring and --look-ahead for what has them."""
     from genret_jax.retriever import DEFAULT_BEAM, Retriever
 
-    beam, scoring = arguments.beam, arguments.scoring
+    given = {name: getattr(arguments, name) for name in ("beam", "scoring", "look_ahead")}
+    given = {name: value for name, value in given.items() if value is not None}
     if isinstance(retriever, Retriever):
-        return {"beam": DEFAULT_BEAM if beam is None else beam, "scoring": scoring}
-    if beam is not None or scoring is not None:
-        option = "--scoring" if beam is None else "--beam"
+        return {"beam": DEFAULT_BEAM, **given}
+    if given:
+        option = next(iter(given)).replace("_", "-")
         raise UserError(
-            f"{option} is for methods that generate docids; {arguments.run_folder} is of method "
+            f"--{option} is for methods that generate docids; {arguments.run_folder} is of method "
             f"{retriever.name}: leave it out"
         )
     return {}
@@ -251,6 +255,7 @@ def ablate(arguments: argparse.Namespace) -> int:
         seeds=arguments.seeds,
         split=arguments.split,
         minutes=arguments.minutes,
+        jobs=arguments.jobs,
         size=arguments.size,
         gin_files=arguments.gin_file,
         bindings=arguments.gin,
@@ -259,15 +264,19 @@ def ablate(arguments: argparse.Namespace) -> int:
 
 
 def compare(arguments: argparse.Namespace) -> int:
-    from genret_jax.comparison.run import compare_methods
+    from genret_jax.comparison.run import compare_collections, compare_methods
 
-    report = compare_methods(
-        arguments.corpus,
+    several = len(arguments.corpus) > 1
+    compared: Callable[..., Any] = compare_collections if several else compare_methods
+    report = compared(
+        arguments.corpus if several else arguments.corpus[0],
         out=arguments.out,
         methods=arguments.methods,
         seeds=arguments.seeds,
         splits=arguments.splits,
         minutes=arguments.minutes,
+        steps=arguments.steps,
+        jobs=arguments.jobs,
         size=arguments.size,
         gin_files=arguments.gin_file,
         bindings=arguments.gin,

@@ -9,7 +9,15 @@ def add_fit_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--out", required=True, help="folder of the run; made, or gone on with")
     command.add_argument("--minutes", type=float, help="end within so many minutes, all included")
     command.add_argument(
+        "--steps", type=int, help="instead: train for so many, all stages together"
+    )
+    command.add_argument(
         "--stage", type=int, help="1: docids alone; 2: go on from there (default: all)"
+    )
+    command.add_argument(
+        "--stage-one",
+        metavar="RUN",
+        help="begin stage 2 with the stage 1 of that run, of the same recipe but for it",
     )
     command.add_argument(
         "--from-t5x",
@@ -69,6 +77,12 @@ def add_ranking_options(command: argparse.ArgumentParser) -> None:
         "--scoring",
         help="fused, generation or semantic (default fused, where the retriever has vectors)",
     )
+    command.add_argument(
+        "--look-ahead",
+        type=float,
+        metavar="W",
+        help="steer the beam by W nats a unit of similarity, too (default 0; needs vectors)",
+    )
 
 
 def add_recipe_options(command: argparse.ArgumentParser) -> None:
@@ -124,6 +138,7 @@ def add_ablate_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--minutes", type=float, help="of each run; variants share stage 1, which counts for each"
     )
+    _add_jobs(command)
     _add_seeds(command, "every variant is trained with each")
     command.add_argument("--split", default="test", help="which queries (default test)")
     command.add_argument(
@@ -145,7 +160,9 @@ def add_ablate_options(command: argparse.ArgumentParser) -> None:
 
 
 def add_compare_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("corpus", help="BEIR folder with the splits")
+    command.add_argument(
+        "corpus", nargs="+", help="BEIR folder with the splits; of several there is one table, too"
+    )
     command.add_argument("--out", required=True, help="folder of the comparison; gone on with")
     command.add_argument(
         "--methods",
@@ -156,6 +173,10 @@ def add_compare_options(command: argparse.ArgumentParser) -> None:
         "genre, dogr; rrf:A:B and weighted:A:B fuse the rankings of two of them",
     )
     command.add_argument("--minutes", type=float, help="that each method may take to be trained")
+    command.add_argument(
+        "--steps", type=int, help="instead: that each is trained for, all its stages together"
+    )
+    _add_jobs(command)
     _add_seeds(command, "every method that is trained is trained with each")
     command.add_argument(
         "--splits",
@@ -163,9 +184,19 @@ def add_compare_options(command: argparse.ArgumentParser) -> None:
         default=("test",),
         metavar="A,B",
         help="whose queries are searched (default test); with several, such as seen and unseen "
-        "ones, a table each",
+        "ones, a table each; of several collections each is asked those that it has",
     )
     add_gin_options(command)
+
+
+def _add_jobs(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        metavar="N",
+        help="trainings at a time, each a process with its own log in OUT/logs (default 1)",
+    )
 
 
 def _add_seeds(command: argparse.ArgumentParser, what: str) -> None:

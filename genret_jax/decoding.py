@@ -159,6 +159,7 @@ def constrained_beam_search(
     normaliser: str = "vocabulary",
     tail_fn: TailFn | None = None,
     trail: bool = False,
+    look_ahead: Float[Array, "batch states"] | None = None,
 ) -> BeamResult:
     """The `beam` most probable identifiers of each query that a beam search finds.
 
@@ -176,6 +177,9 @@ def constrained_beam_search(
         the rest of an identifier is certain when it is the only one.
       tail_fn: scores in one pass what step_fn would in several; without it, all is done by steps.
       trail: whether to keep all hypotheses of all steps, too.
+      look_ahead: added to a hypothesis' log p wherever the search chooses between hypotheses, by
+        state of the trie; see `look_ahead.best_under_states`. It steers alone: scores are log p,
+        and their order is that of the result.
 
     Returns:
       BeamResult with `beam` entries a query; those beyond the identifiers found are not valid.
@@ -191,7 +195,14 @@ def constrained_beam_search(
     def grow(beams: _Beams, levels: tuple[int, ...]) -> _Beams:
         logits, cache = step_fn(beams.front.last, beams.position, beams.cache)
         ways = [
-            functools.partial(_advance, trie=trie, beam=beam, level=level, normaliser=normaliser)
+            functools.partial(
+                _advance,
+                trie=trie,
+                beam=beam,
+                level=level,
+                normaliser=normaliser,
+                look_ahead=look_ahead,
+            )
             for level in levels
         ]
         which = jnp.minimum(beams.position - levels[0], len(levels) - 1)
@@ -267,6 +278,7 @@ def _advance(
     beam: int,
     level: int,
     normaliser: str,
+    look_ahead: Array | None,
 ) -> tuple[_Front, Array]:
     """The best `beam` among what the hypotheses may become, and the parent of each.
 
@@ -277,6 +289,7 @@ def _advance(
       front: hypotheses at `level` of the trie; 2 stands for all levels from 2 on.
       logits: float32[batch, beam, vocab].
       position: tokens written, `level` or more.
+      look_ahead: float32[batch, states], or None.
     """
     token = trie.rows[front.begin, jnp.minimum(position, trie.max_length - 1)].astype(jnp.int32)
     token = jnp.where(position < trie.max_length, token, 0)
@@ -287,14 +300,18 @@ def _advance(
         alone = jnp.where(token > 0, front.scores + logit - normal, front.scores)
     alone = jnp.where(front.size == 1, alone, -jnp.inf)
 
-    if normal is not None and level < len(trie.dense):
+    if normal is not None and level < len(trie.dense) and look_ahead is None:
         scores, parent, edge, written = _dense_children(front, logits, normal, trie, beam, level)
     else:
         slots = trie.candidates(front.scores.shape[1], level)
-        scores, parent, edge, written = _children(front, logits, normal, trie, beam, slots)
+        scores, parent, edge, written = _children(
+            front, logits, normal, trie, beam, slots, look_ahead
+        )
 
     here = jnp.broadcast_to(jnp.arange(alone.shape[1]), alone.shape)
-    scores, chosen = _top_k(jnp.concatenate([alone, scores], axis=1), beam)
+    states = jnp.concatenate([front.state, edge + 1], axis=1)
+    ahead = _ahead(look_ahead, states)
+    scores, chosen = _top_k(jnp.concatenate([alone, scores], axis=1), beam, ahead)
 
     def choose(stays: Array, grows: Array) -> Array:
         return jnp.take_along_axis(jnp.concatenate([stays, grows], axis=1), chosen, axis=1)
@@ -337,13 +354,25 @@ def _dense_children(
     return scores, parent, low, token
 
 
+def _ahead(look_ahead: Array | None, states: Array) -> Array | None:
+    """float32[batch, n]: the look-ahead of states int32[batch, n]."""
+    return None if look_ahead is None else jnp.take_along_axis(look_ahead, states, axis=1)
+
+
 def _children(
-    front: _Front, logits: Array, normal: Array | None, trie: DeviceTrie, beam: int, slots: int
+    front: _Front,
+    logits: Array,
+    normal: Array | None,
+    trie: DeviceTrie,
+    beam: int,
+    slots: int,
+    look_ahead: Array | None = None,
 ) -> _Best:
     """The best children, which stand side by side in an array of `slots`.
 
     Args:
       normal: log of the sum over the vocabulary; None: over the allowed tokens.
+      look_ahead: float32[batch, states], or None.
     """
     counts = trie.first_edge[front.state + 1] - trie.first_edge[front.state]
     counts = jnp.where(front.size > 1, counts, 0)
@@ -369,18 +398,26 @@ def _children(
     if normal is None:
         normal = _logsumexp_of_children(logit, parent, exists, counts.shape[1])
     grown = jnp.where(exists, logit + of_parent(front.scores - normal), -jnp.inf)
-    scores, chosen = _top_k(grown, beam)
+    scores, chosen = _top_k(grown, beam, _ahead(look_ahead, edge + 1))
     parent, edge, token = (jnp.take_along_axis(x, chosen, axis=1) for x in (parent, edge, token))
     return scores, parent, edge, token
 
 
-def _top_k(scores: Array, k: int) -> tuple[Array, Array]:
-    """`jax.lax.top_k` that also takes fewer candidates than k: the rest scores -inf."""
-    missing = k - scores.shape[1]
+def _top_k(scores: Array, k: int, ahead: Array | None = None) -> tuple[Array, Array]:
+    """`jax.lax.top_k` that also takes fewer candidates than k: the rest scores -inf.
+
+    With `ahead`, the k best by the sum of both, and their scores.
+    """
+    by = scores if ahead is None else scores + ahead
+    missing = k - by.shape[1]
     if missing > 0:
-        scores = jnp.pad(scores, ((0, 0), (0, missing)), constant_values=-jnp.inf)
-    best, index = jax.lax.top_k(scores, k)
-    return best, jnp.where(jnp.isfinite(best), index, 0)
+        by = jnp.pad(by, ((0, 0), (0, missing)), constant_values=-jnp.inf)
+    best, index = jax.lax.top_k(by, k)
+    index = jnp.where(jnp.isfinite(best), index, 0)
+    if ahead is not None:
+        chosen = jnp.take_along_axis(scores, index, axis=1)
+        best = jnp.where(jnp.isfinite(best), chosen, -jnp.inf)
+    return best, index
 
 
 def _logsumexp_of_children(logit: Array, parent: Array, exists: Array, num_parents: int) -> Array:

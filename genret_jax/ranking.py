@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float32, Int
 
 from genret_jax.device_trie import DeviceTrie
 from genret_jax.docids.features import unit_length
+from genret_jax.look_ahead import best_under_states
 from genret_jax.modeling.model import Params, RetrievalModel
 from genret_jax.scoring import Candidates, Fusion
 from genret_jax.trie import Trie
@@ -30,6 +31,26 @@ Similarities = Callable[
     [Sequence[Int[np.ndarray, " n"]], Sequence[Float32[np.ndarray, " embed"]]],
     list[tuple[Float32[np.ndarray, " n"], Float32[np.ndarray, " n"]]],
 ]
+
+
+# Vectors of queries -> similarities with the texts and the train queries of all documents.
+AllSimilarities = Callable[
+    [Float32[np.ndarray, "queries embed"]],
+    tuple[Float32[np.ndarray, "queries documents"], Float32[np.ndarray, "queries documents"]],
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class LookAhead:
+    """What steers a search besides log p; see `genret_jax.look_ahead`.
+
+    Attributes:
+      weight: nats a unit of similarity.
+      similarities: see `DocumentVectors.of_all`.
+    """
+
+    weight: float
+    similarities: AllSimilarities
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +106,10 @@ class Ranker:
     def _search(self) -> Any:
         return jax.jit(self.model.search_and_embed, static_argnames=("beam", "normaliser"))
 
+    @functools.cached_property
+    def _embed(self) -> Any:
+        return jax.jit(self.model.vectors)
+
     def rank(
         self,
         params: Params,
@@ -95,6 +120,7 @@ class Ranker:
         similarities: Similarities | None = None,
         scoring: str = "generation",
         allowed: Bool[np.ndarray, " documents"] | None = None,
+        look_ahead: LookAhead | None = None,
     ) -> list[list[Ranked]]:
         """The best k documents of each query; fewer where the beam reached fewer.
 
@@ -105,8 +131,9 @@ class Ranker:
           similarities: of query and documents; needed unless scoring is "generation".
           scoring: "generation", "semantic" or "fused".
           allowed: by position, the documents that may be found; by default all.
+          look_ahead: steers the beam; by default log p alone does.
         """
-        found = self.candidates(params, queries, beam=beam, allowed=allowed)
+        found = self.candidates(params, queries, beam=beam, allowed=allowed, look_ahead=look_ahead)
         if similarities is not None:
             found = with_similarities(found, similarities)
         return [self._ranked(one, k, scoring) for one in found]
@@ -118,6 +145,7 @@ class Ranker:
         *,
         beam: int,
         allowed: Bool[np.ndarray, " documents"] | None = None,
+        look_ahead: LookAhead | None = None,
     ) -> list[Candidates]:
         """What the beam reaches for each query, without similarities.
 
@@ -132,12 +160,29 @@ class Ranker:
             tokens = self.vocabulary.encode_batch(chunk, self.input_length)
             size = next(n for n in BATCH_SIZES if len(chunk) <= n)
             tokens = np.pad(tokens, ((0, size - len(chunk)), (0, 0)))
-            result, query = self._search(params, tokens, trie, beam=beam)
-            rows, scores, query = (np.asarray(x) for x in (result.row, result.scores, query))
-            query = np.asarray(query, np.float32)
-            query = unit_length(query) if self.similarity == "cosine" else query
+            ahead = None
+            if look_ahead is not None:
+                query = self._compared(self._embed(params, tokens))
+                ahead = self._ahead(look_ahead, query, allowed, size=len(trie.edge_token))
+            result, query = self._search(params, tokens, trie, beam=beam, look_ahead=ahead)
+            rows, scores = np.asarray(result.row), np.asarray(result.scores)
+            query = self._compared(query)
             out += [self._reached(rows[i], scores[i], query[i], allowed) for i in range(len(chunk))]
         return out
+
+    def _compared(self, vectors: Any) -> Float32[np.ndarray, "queries embed"]:
+        """Vectors of queries from the device, as similarity takes them."""
+        found = np.asarray(vectors, np.float32)
+        return unit_length(found) if self.similarity == "cosine" else found
+
+    def _ahead(
+        self, look_ahead: LookAhead, queries: np.ndarray, allowed: np.ndarray | None, *, size: int
+    ) -> Float32[np.ndarray, "queries states"]:
+        similarity = self.fusion.mixed(*look_ahead.similarities(queries))
+        scores = np.float32(look_ahead.weight) * similarity
+        if allowed is not None:
+            scores = np.where(allowed, scores, -np.float32(np.inf))
+        return best_under_states(self.trie, scores, size=size)
 
     def _reached(
         self,

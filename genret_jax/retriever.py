@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import os
 import shutil
 from collections.abc import Collection, Sequence
@@ -30,7 +31,7 @@ from genret_jax.files import replace_on_success
 from genret_jax.indexing import FORMAT, Index, read_json
 from genret_jax.modeling.layers import T5Config
 from genret_jax.modeling.model import VECTORS, Params, RetrievalModel
-from genret_jax.ranking import Ranked, Ranker
+from genret_jax.ranking import LookAhead, Ranked, Ranker
 from genret_jax.scoring import SCORINGS, Fusion
 from genret_jax.vectors import DocumentVectors
 from genret_jax.weights import load_weights, save_weights
@@ -156,6 +157,7 @@ class Retriever:
         scoring: str | None = ...,
         only: Collection[str] | None = ...,
         without: Collection[str] = ...,
+        look_ahead: float = ...,
     ) -> list[RetrievedDocument]: ...
     @overload
     def search(
@@ -167,6 +169,7 @@ class Retriever:
         scoring: str | None = ...,
         only: Collection[str] | None = ...,
         without: Collection[str] = ...,
+        look_ahead: float = ...,
     ) -> list[list[RetrievedDocument]]: ...
 
     def search(
@@ -178,6 +181,7 @@ class Retriever:
         scoring: str | None = None,
         only: Collection[str] | None = None,
         without: Collection[str] = (),
+        look_ahead: float = 0.0,
     ) -> Any:
         """The best documents of a query, or of each of several queries.
 
@@ -191,6 +195,9 @@ class Retriever:
           only: ids of the documents among which to search; by default all.
           without: ids of documents that are not to be found. The beam runs on the identifiers of
             the documents that remain, and finds what it would find if there were no others.
+          look_ahead: weight in nats of the best similarity under a prefix, which is added to the
+            prefix' log p while the beam chooses, so that a document with an improbable beginning is
+            not lost early; the scores of what is found stay the same. 0: log p alone.
 
         Returns:
           Hits, best first: a list for one query, a list of lists for several. Documents of equal
@@ -198,16 +205,22 @@ class Retriever:
           descending order of id.
 
         Raises:
-          UserError: for k or beam below 1, a scoring that is unknown or needs vectors that are
-            not there, an id that no document has, a query that is no UTF-8, or a single query that
-            is empty; among several queries an empty one has no hits.
+          UserError: for k or beam below 1, a scoring that is unknown, a scoring or look_ahead that
+            needs vectors that are not there, an id that no document has, a query that is no UTF-8,
+            or a single query that is empty; among several queries an empty one has no hits.
         """
         scoring = self._scoring(scoring)
         if isinstance(queries, str):
             if not queries.strip():
                 raise UserError("the query is empty; write some words")
             return self.search(
-                [queries], k=k, beam=beam, scoring=scoring, only=only, without=without
+                [queries],
+                k=k,
+                beam=beam,
+                scoring=scoring,
+                only=only,
+                without=without,
+                look_ahead=look_ahead,
             )[0]
         if k < 1 or beam < 1:
             raise UserError(f"k and beam must be at least 1, found k={k} and beam={beam}")
@@ -228,6 +241,7 @@ class Retriever:
             similarities=similarities,
             scoring=scoring,
             allowed=self._allowed(only, without),
+            look_ahead=self._look_ahead(look_ahead),
         )
         ranked = iter(found)
         return [
@@ -246,6 +260,18 @@ class Retriever:
         allowed[documents.positions(only or ())] = True
         allowed[documents.positions(without)] = False
         return allowed
+
+    def _look_ahead(self, weight: float) -> LookAhead | None:
+        if not (weight >= 0 and math.isfinite(weight)):
+            raise UserError(f"look-ahead must be a number from 0 on, found {weight}")
+        if not weight:
+            return None
+        if not self.vectors:
+            raise UserError(
+                f"look-ahead needs document vectors, which {self.folder} has none of; fit with "
+                "--method dogr, or leave it out"
+            )
+        return LookAhead(weight, self.vectors.of_all)
 
     def _scoring(self, asked: str | None) -> str:
         if asked is None:

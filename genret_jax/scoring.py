@@ -77,8 +77,14 @@ class Fusion:
         """Similarity of the query and each candidate, which has vectors."""
         if found.text is None or found.asked is None:
             raise ValueError("similarities need document vectors, and there are none")
+        return self.mixed(found.text, found.asked)
+
+    def mixed(
+        self, text: Float32[np.ndarray, "*n"], asked: Float32[np.ndarray, "*n"]
+    ) -> Float32[np.ndarray, "*n"]:
+        """The similarity, of both its parts."""
         share = np.float32(self.query_share)
-        return (1 - share) * found.text + share * found.asked
+        return (1 - share) * text + share * asked
 
     def score(self, found: Candidates, scoring: str = "fused") -> Float32[np.ndarray, " n"]:
         """One number a candidate.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -147,6 +148,25 @@ class DocumentVectors:
             for i, chosen in enumerate(positions[start : start + _QUERIES_AT_ONCE]):
                 found.append((text[i, chosen], asked[i, chosen]))
         return found
+
+    def of_all(
+        self, queries: Float32[np.ndarray, "queries embed"]
+    ) -> tuple[Float32[np.ndarray, "queries documents"], Float32[np.ndarray, "queries documents"]]:
+        """Both parts of `similarities` for all documents, which are taken in blocks."""
+        blocks = -(-self.values.size // _MOST_AT_ONCE)
+        if blocks <= 1:
+            return self._nearest_views(queries)
+        cuts = np.linspace(0, len(self), min(blocks, len(self)) + 1).astype(int)
+        parts = [self._block(a, b)._nearest_views(queries) for a, b in itertools.pairwise(cuts)]
+        text, asked = (np.concatenate(part, axis=1) for part in zip(*parts, strict=True))
+        return text, asked
+
+    def _block(self, begin: int, end: int) -> DocumentVectors:
+        """The vectors of documents `begin` .. `end - 1`."""
+        first, last = self.bounds[begin, 0], self.bounds[end, 0]
+        scales = None if self.scales is None else self.scales[first:last]
+        bounds = self.bounds[begin : end + 1] - first
+        return DocumentVectors(self.values[first:last], bounds, scales)
 
     def _nearest_views(
         self, queries: Float32[np.ndarray, "queries embed"]

@@ -11,7 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
-from decoding import TOLERANCE, disagreement  # noqa: E402
+from decoding import RUNS, TOLERANCE, disagreement, overlap, take_turns  # noqa: E402
 from problem import Problem  # noqa: E402
 
 from genret_jax.trie import build_trie  # noqa: E402
@@ -42,6 +42,35 @@ def test_a_lost_identifier_and_another_score_are_found_out():
     assert disagreement(OURS, last) is None, "the last one may be a tie at the cut"
     off = theirs(scores=[[-1.0, -2.0 - 2 * TOLERANCE, -3.0, -1e9]])
     assert "scores differ by 0.004" in str(disagreement(OURS, off))
+
+
+def test_the_overlap_is_the_share_of_our_identifiers():
+    assert overlap(OURS, theirs()) == 1.0
+    assert overlap(OURS, theirs(tokens=[[[2, 3], [9, 9], [5, 6], [0, 0]]])) == 0.75
+
+
+class Timed:
+    """A worker whose runs take so many seconds."""
+
+    def __init__(self, seconds: float):
+        self.seconds, self.asked = seconds, []
+
+    def ask(self, **request):
+        self.asked.append((request["number"], request["runs"]))
+        return {"seconds": self.seconds, "cpu_seconds": self.seconds}
+
+
+def test_turns_are_equal_in_number_and_long_enough():
+    fast, slow = Timed(0.05), Timed(5.0)
+    times = take_turns(fast, slow, turns=4, seconds=1e9)
+    assert [len(side) for side in times] == [4, 4], "the first turn only warms up"
+    assert [runs for _, runs in fast.asked] == [1, 3, 3, 3, 3]
+    assert [runs for _, runs in slow.asked] == [1] * 5
+    assert [n for n, _ in fast.asked] == [n for n, _ in slow.asked]
+    instant = Timed(1e-6)
+    take_turns(instant, slow, turns=1, seconds=1e9)
+    assert instant.asked[-1][1] == RUNS
+    assert len(take_turns(Timed(1.0), slow, turns=9, seconds=0.0)[0]) == 3, "time is over"
 
 
 @pytest.mark.parametrize("kind", ["random", "skewed", "variable"])

@@ -7,8 +7,11 @@ import csv
 import html.parser
 import io
 import json
+import os
 import re
 import shutil
+import signal
+import threading
 
 import numpy as np
 import pytest
@@ -16,12 +19,13 @@ from tiny import FAST, tiny_corpus
 
 from genret_jax import cli
 from genret_jax.cli import main
-from genret_jax.comparison import run as comparison_run
+from genret_jax.comparison import bench
 from genret_jax.comparison.methods import Method, chosen_methods
 from genret_jax.comparison.report import Report, costs, latency_of, size
 from genret_jax.corpus import read_run, write_corpus
 from genret_jax.errors import UserError
 from genret_jax.evaluation import DEFAULT_METRICS, evaluate
+from genret_jax.harness import parallel
 from genret_jax.harness.measuring import index_bytes
 from genret_jax.harness.rows import Measured, Row
 from genret_jax.hybrid import fit_weights, reciprocal_ranks, weighted
@@ -198,7 +202,7 @@ def test_the_page_stands_alone_and_says_what_the_markdown_says(comparison):
 def test_a_second_call_fits_nothing_and_prints_one_object(
     comparison, collection, capsys, monkeypatch
 ):
-    monkeypatch.setattr(comparison_run, "fit_method", None)
+    monkeypatch.setattr(bench, "fit_method", None)
     before = report_of(comparison)
     more = ["--splits", "test,seen", "--json"]
     assert main(command(collection, comparison, METHODS, *more)) == 0
@@ -270,7 +274,7 @@ def test_mistakes_in_a_searcher(binding, message, tmp_path):
 def pretended(comparison, monkeypatch):
     """In place of a training, a copy of one; the list of those that were asked for."""
     asked = []
-    real = comparison_run.fit_method
+    real = bench.fit_method
 
     def copied(corpus, *, recipe, out, minutes):
         if recipe.searcher.module:
@@ -279,7 +283,7 @@ def pretended(comparison, monkeypatch):
         (source,) = (comparison / "runs").glob("dsi-seed-*")
         shutil.copytree(source / "retriever", out / "retriever")
 
-    monkeypatch.setattr(comparison_run, "fit_method", copied)
+    monkeypatch.setattr(bench, "fit_method", copied)
     return asked
 
 
@@ -302,14 +306,14 @@ def test_every_seed_is_trained_once_with_the_same_budget(collection, tmp_path, p
 
 
 def test_one_failure_does_not_lose_the_others(collection, tmp_path, pretended, monkeypatch, capsys):
-    copied = comparison_run.fit_method
+    copied = bench.fit_method
 
     def fails(corpus, *, recipe, out, minutes):
         if recipe.method == "genre":
             raise RuntimeError("out of\nmemory")
         copied(corpus, recipe=recipe, out=out, minutes=minutes)
 
-    monkeypatch.setattr(comparison_run, "fit_method", fails)
+    monkeypatch.setattr(bench, "fit_method", fails)
     out = tmp_path / "out"
     methods = ["genre", "rrf:genre:bm25", "dsi"]
     assert main(command(collection, out, methods)) == 1
@@ -323,26 +327,26 @@ def test_one_failure_does_not_lose_the_others(collection, tmp_path, pretended, m
     assert "<b>genre, seed 0</b>: RuntimeError" in (out / "comparison.html").read_text()
     # Once it is mended, only what is missing is done.
     pretended.clear()
-    monkeypatch.setattr(comparison_run, "fit_method", copied)
+    monkeypatch.setattr(bench, "fit_method", copied)
     assert main(command(collection, out, methods)) == 0
     assert [name for name, *_ in pretended] == ["genre-seed-0"]
     assert "failed" not in (out / "comparison.md").read_text()
 
 
 def test_it_goes_on_after_an_interruption(collection, tmp_path, pretended, monkeypatch, capsys):
-    copied = comparison_run.fit_method
+    copied = bench.fit_method
 
     def stops(corpus, *, recipe, out, minutes):
         if recipe.method == "genre":
             raise Interrupted("training stopped at step 3; run the same command to go on", 143)
         copied(corpus, recipe=recipe, out=out, minutes=minutes)
 
-    monkeypatch.setattr(comparison_run, "fit_method", stops)
+    monkeypatch.setattr(bench, "fit_method", stops)
     arguments = command(collection, tmp_path / "out", ["dsi", "genre"])
     assert main(arguments) == 143
     assert not (tmp_path / "out" / "comparison.md").exists(), "whole or not at all"
     assert "run the same command" in capsys.readouterr().err
-    monkeypatch.setattr(comparison_run, "fit_method", copied)
+    monkeypatch.setattr(bench, "fit_method", copied)
     assert main(arguments) == 0
     assert [name for name, *_ in pretended] == ["dsi-seed-0", "genre-seed-0"]
     pretended.clear()
@@ -352,9 +356,23 @@ def test_it_goes_on_after_an_interruption(collection, tmp_path, pretended, monke
     assert len(pretended) == 2, "other minutes are another training"
 
 
+def test_a_budget_of_steps_is_that_of_all_stages(collection, tmp_path, pretended):
+    methods = ["dsi", "dogr", "bm25"]
+    more = ["--steps", "10", "--seeds", "3"]
+    assert main(command(collection, tmp_path / "out", methods, *more)) == 0
+    found = {recipe.method: recipe for _, recipe, minutes in pretended}
+    assert found["dsi"].train.steps == 10
+    assert (found["dogr"].train.steps, found["dogr"].contrastive.steps) == (7, 3), "share is 0.3"
+    assert "10 steps a training, seed 3" in (tmp_path / "out" / "comparison.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("methods", "more", "message"),
     [
+        (["bm25"], ["--steps", "0"], "steps must be a whole number from 1, found 0"),
+        (["dogr"], ["--steps", "1"], "steps must be at least 1 a stage, found 1"),
+        (["bm25"], ["--steps", "9", "--minutes", "1"], "both steps and minutes are given"),
+        (["bm25"], ["--jobs", "0"], "jobs must be a whole number from 1, found 0"),
         (["dis"], [], "method 'dis' is not known; choose one of bm25, "),
         (["rrf:bm25"], [], "a fusion is rrf:A:B"),
         (["rrf:bm25:bm25"], [], "two different methods"),
@@ -389,6 +407,120 @@ def test_weights_need_dev(tmp_path, capsys):
     assert "fits its weights on dev" in capsys.readouterr().err
 
 
+# ---- side by side, and several collections
+
+
+def test_collections_side_by_side(collection, tmp_path, capsys):
+    """One table of two collections; trained by two processes, each with its own log."""
+    other = tmp_path / "other"
+    corpus = tiny_corpus()
+    corpus.qrels["unseen"] = corpus.qrels.pop("test")
+    write_corpus(corpus, other)
+    out = tmp_path / "out"
+    names = ["compare", str(collection), str(other), "--methods", "bm25,dsi", "--out", str(out)]
+    more = ["--steps", "3", "--splits", "test,unseen", "--jobs", "2", *GIN]
+    assert main([*names, *more]) == 0
+    err = capsys.readouterr().err
+    assert err.count("done in") == 2 and "0 running, 0 waiting" in err
+    for name, split in (("tiny", "test"), ("other", "unseen")):
+        report = report_of(out / name)
+        assert list(report["splits"]) == [split] and report["corpus"] == name
+        assert report["splits"][split]["rows"]["dsi"]["seeds"]["0"]["steps"] == 3
+        (log,) = (out / name / "logs").iterdir()
+        assert re.fullmatch(r"dsi-seed-0-[0-9a-f]{10}.log", log.name)
+        text = log.read_text()
+        assert text.startswith(f"$ genret fit {tmp_path if name == 'other' else collection.parent}")
+        assert "step 3 of 3" in text
+    table = (out / "collections.md").read_text()
+    assert "| method | tiny | other unseen | mean |" in table
+    rows = {n: report_of(out / n)["splits"][s]["rows"] for n, s in (("tiny", "test"),)}
+    rows["other"] = report_of(out / "other")["splits"]["unseen"]["rows"]
+    found = json.loads((out / "collections.json").read_text())
+    both = [rows[name]["dsi"]["mean"]["mrr@10"] for name in rows]
+    assert found["mean"]["dsi"]["mrr@10"] == pytest.approx(np.mean(both))
+    lines = list(csv.DictReader(io.StringIO((out / "collections.csv").read_text())))
+    assert [(line["collection"], line["method"]) for line in lines] == [
+        (name, method) for name in ("tiny", "other") for method in ("bm25", "dsi")
+    ]
+    page = Page((out / "collections.html").read_text())
+    assert "tiny/comparison.html" in page.sources and len(page.cells) == 3 * 2 * 4
+    assert main([*names, *more]) == 0
+    assert "begins" not in capsys.readouterr().err, "nothing is trained again"
+
+
+def test_mistakes_in_several_collections(collection, tmp_path, capsys):
+    names = ["compare", str(collection), str(collection), "--methods", "bm25"]
+    assert main([*names, "--out", str(tmp_path / "out")]) == 2
+    assert "two of one name" in capsys.readouterr().err
+    corpus = tiny_corpus()
+    del corpus.qrels["test"]
+    write_corpus(corpus, tmp_path / "other")
+    names[2] = str(tmp_path / "other")
+    assert main([*names, "--out", str(tmp_path / "out")]) == 2
+    assert "other: has none of the splits test; there are dev, train" in capsys.readouterr().err
+    assert main([*names, "--out", str(tmp_path / "out"), "--splits", "test,nil"]) == 2
+    assert "no collection has a split 'nil'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def script(tmp_path, monkeypatch):
+    """In place of Python, a shell script whose text the test gives."""
+    path = tmp_path / "script"
+
+    def write(text):
+        path.write_text(f"#!/bin/sh\n{text}\n")
+        path.chmod(0o755)
+        monkeypatch.setattr(parallel.sys, "executable", str(path))
+
+    return write
+
+
+def children(tmp_path, *names):
+    return [
+        parallel.Child(name, ("fit", name), tmp_path / "logs" / f"{name}.log") for name in names
+    ]
+
+
+def test_side_by_side_never_more_than_jobs_and_every_log_its_own(script, tmp_path):
+    script(f"""
+        touch {tmp_path}/$5.running; ls {tmp_path} | grep -c running >> {tmp_path}/counts
+        head -c 300000 /dev/zero | tr '\\0' x; echo; echo $XLA_PYTHON_CLIENT_PREALLOCATE >&2
+        sleep 0.3; rm {tmp_path}/$5.running
+        [ $5 = c ] && {{ echo "genret: no such corpus"; exit 2; }}
+        [ $5 = d ] && kill -9 $$
+        exit 0""")
+    failed = parallel.run_side_by_side(children(tmp_path, *"abcdef"), jobs=2)
+    assert failed == {"c": "no such corpus", "d": "killed by SIGKILL"}
+    counts = [int(count) for count in (tmp_path / "counts").read_text().split()]
+    assert len(counts) == 6 and max(counts) == 2, "two at a time, and never more"
+    for name in "abcdef":
+        first, long, told, *_ = (tmp_path / "logs" / f"{name}.log").read_text().splitlines()
+        assert (first, long, told) == (f"$ genret fit {name}", "x" * 300_000, "false")
+
+
+def test_side_by_side_stops_all_on_request(script, tmp_path):
+    script(f"trap 'touch {tmp_path}/$5.checkpoint; exit 143' TERM\nwhile true; do sleep 0.05; done")
+    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    with pytest.raises(Interrupted) as stopped:
+        parallel.run_side_by_side(children(tmp_path, *"abc"), jobs=2)
+    assert stopped.value.code == 143 and "3 trainings stopped" in stopped.value.message
+    assert sorted(path.name for path in tmp_path.glob("*.checkpoint")) == [
+        "a.checkpoint",
+        "b.checkpoint",
+    ]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_what_the_user_set_stays(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_PREALLOCATE", raising=False)
+    found = parallel.environment(4)
+    assert found["OMP_NUM_THREADS"] == "7" and found["XLA_PYTHON_CLIENT_PREALLOCATE"] == "false"
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "true")
+    assert parallel.environment(4)["XLA_PYTHON_CLIENT_PREALLOCATE"] == "true"
+
+
 # ---- the report
 
 
@@ -415,7 +547,7 @@ def made() -> Report:
         )
         method = Method(name, f"what {name} <is>", group, docids)
         rows.append(Row(method, measured, {} if measured else {"0": "too few titles"}))
-    return Report({"test": tuple(rows)}, "invented", 9, {"test": 4}, (0, 1), 5.0)
+    return Report({"test": tuple(rows)}, "invented", 9, {"test": 4}, (0, 1), "5 min a training")
 
 
 def test_report_by_hand(tmp_path):
@@ -448,7 +580,7 @@ def test_report_by_hand(tmp_path):
 
 def test_all_may_fail(tmp_path):
     rows = tuple(Row(row.entry, (), {"0": "no"}) for row in made().tables["test"])
-    report = Report({"test": rows}, "invented", 9, {"test": 4}, (0,), None)
+    report = Report({"test": rows}, "invented", 9, {"test": 4}, (0,), "the recipes' steps")
     report.write(tmp_path)
     assert report.best_baseline("test") == "" and not (tmp_path / "pictures").exists()
     assert (tmp_path / "comparison.md").read_text().count("(failed)") == 4

@@ -311,6 +311,30 @@ def test_stage_2_wants_stage_1_and_a_second_stage(collection, tmp_path, capsys):
         assert error[-1].startswith("genret: ") and message in error[-1]
 
 
+# --- a beam that the vectors steer ----------------------------------------------------------------
+
+
+def test_a_beam_of_one_with_much_look_ahead_finds_the_nearest_document(retriever, capsys):
+    nearest = [h.document for h in retriever.search(QUERY, k=8, scoring="semantic")]
+    for without in ([], nearest[:1], nearest[:5]):
+        (expected, *_) = retriever.search(QUERY, k=8, scoring="semantic", without=without)
+        options = {"k": 1, "scoring": "semantic", "look_ahead": 1e4, "without": without}
+        for hit in (
+            retriever.search(QUERY, beam=1, **options)[0],
+            retriever.search([*["bees"] * 9, QUERY], beam=1, **options)[-1][0],
+        ):
+            assert hit.document == expected.document
+            assert hit.generation == pytest.approx(expected.generation, abs=1e-4)
+    assert retriever.search(QUERY, k=8, look_ahead=3) == retriever.search(QUERY, k=8)
+    command = ["search", str(retriever.folder), QUERY, "--beam", "1", "-k", "1", "--json"]
+    assert main([*command, "--scoring", "semantic", "--look-ahead", "1e4"]) == 0
+    (hit,) = json.loads(capsys.readouterr().out)["hits"]
+    assert hit["document"] == nearest[0]
+    for wrong in ("-1", "nan", "inf"):
+        assert main([*command, f"--look-ahead={wrong}"]) == 2
+        assert "look-ahead must be a number from 0 on" in capsys.readouterr().err
+
+
 # --- retrievers without vectors, and with smaller ones -------------------------------------------
 
 
@@ -325,8 +349,8 @@ def test_a_retriever_of_one_stage_refuses_what_needs_vectors(collection, tmp_pat
     assert len(hits) == 8 and all(h.semantic is h.fused is None for h in hits)
     assert [h.score for h in hits] == [h.generation for h in hits]
     assert retriever.search(QUERY, k=8, scoring="generation") == hits
-    for scoring in ("semantic", "fused"):
-        assert main(["search", str(tmp_path / "run"), QUERY, "--scoring", scoring]) == 2
+    for options in (["--scoring", "semantic"], ["--scoring", "fused"], ["--look-ahead", "1"]):
+        assert main(["search", str(tmp_path / "run"), QUERY, *options]) == 2
         captured = capsys.readouterr()
         assert captured.err.count("\n") == 1 and "needs document vectors" in captured.err
         assert not captured.out

@@ -148,6 +148,20 @@ def test_several_queries_at_once_are_as_each_by_itself(store, most, vectors, mon
     assert found.of_several([], []) == []
 
 
+@pytest.mark.parametrize("most", [12, 30, 1 << 20])
+@pytest.mark.parametrize("store", STORES)
+def test_all_documents_in_blocks_are_as_each_by_itself(store, most, vectors, monkeypatch):
+    monkeypatch.setattr("genret_jax.vectors._MOST_AT_ONCE", most)
+    found = DocumentVectors.of(vectors, BOUNDS, store=store)
+    queries = np.stack([vectors[i] - 0.2 * vectors[i + 1] for i in range(4)])
+    text, asked = found.of_all(queries)
+    assert text.shape == asked.shape == (4, 3)
+    for i, query in enumerate(queries):
+        alone = found.similarities(np.arange(3), query)
+        np.testing.assert_allclose(text[i], alone[0], atol=1e-5)
+        np.testing.assert_allclose(asked[i], alone[1], atol=1e-5)
+
+
 def test_a_document_without_a_piece_is_an_error(vectors):
     found = DocumentVectors.of(vectors, np.array([[0, 3], [3, 3], [7, 7]]), store="float32")
     assert found.similarities(np.array([0]), vectors[0])[0].shape == (1,)

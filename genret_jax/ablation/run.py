@@ -3,6 +3,7 @@
 DIR/
   ablation.md, .json, .csv, .png   the result
   runs/NAME-seed-S-DIGEST/         one folder a training, as `genret fit` makes it
+  logs/NAME-seed-S-DIGEST.log      of trainings that ran side by side
   results/ROW-seed-S.json          what was measured, value by value of each query
   trec/ROW-seed-S.trec             the rankings
 
@@ -38,6 +39,7 @@ from genret_jax.harness.jobs import (
     run_jobs,
 )
 from genret_jax.harness.measuring import DEPTH, Asked, baseline, rank
+from genret_jax.harness.parallel import Child, check_jobs, run_side_by_side
 from genret_jax.harness.rows import Measured, Row
 from genret_jax.harness.trainings import Trainings
 from genret_jax.indexing import documents_digest
@@ -57,6 +59,7 @@ class Trained(Job):
       folder: of its training.
       stage_one: folder of the stage 1 that it begins with.
       first: the recipe of that.
+      options: of `genret fit`, which make `recipe`; those that make `first` in `first_options`.
     """
 
     variant: Variant
@@ -64,6 +67,8 @@ class Trained(Job):
     folder: Path
     stage_one: Path
     first: Recipe
+    options: tuple[str, ...] = ()
+    first_options: tuple[str, ...] = ()
 
     def shares(self) -> dict[Path, float]:
         second = self.recipe.contrastive.share
@@ -80,6 +85,7 @@ def ablate(
     seeds: Sequence[int] = (0,),
     split: str = "test",
     minutes: float | None = None,
+    jobs: int = 1,
     size: str | None = None,
     gin_files: Sequence[str | Path] = (),
     bindings: Sequence[str] = (),
@@ -95,6 +101,8 @@ def ablate(
       seeds: every variant is trained with each.
       split: whose queries are searched.
       minutes: of a run, both its stages and what is between them; the recipe's steps without it.
+      jobs: trainings at a time. With more than one, each is a process of its own whose log is in
+        `out`/logs; what is measured is measured when all have ended, one after the other.
       size, gin_files, bindings: of all variants, as `load_recipe` takes them.
 
     Returns:
@@ -107,24 +115,42 @@ def ablate(
     """
     out = Path(out)
     check_settings(seeds, minutes)
+    check_jobs(jobs)
     check_folder(out, _OURS, "an ablation")
     read = corpus if isinstance(corpus, Corpus) else read_corpus(corpus)
     if not read.split_queries(split):
         raise UserError(f"split {split!r} has no queries; choose another --split")
 
+    def lines(variant: Variant, seed: int) -> list[str]:
+        return [*bindings, *variant.bindings, f"TrainConfig.seed = {seed}"]
+
     def recipe(variant: Variant, seed: int) -> Recipe:
-        lines = [*bindings, *variant.bindings, f"TrainConfig.seed = {seed}"]
-        return load_recipe(FULL, size=size, gin_files=gin_files, bindings=lines)
+        return load_recipe(FULL, size=size, gin_files=gin_files, bindings=lines(variant, seed))
+
+    def options(variant: Variant, seed: int) -> tuple[str, ...]:
+        given = [f"--method={FULL}", *([f"--size={size}"] if size else [])]
+        given += [f"--gin_file={file}" for file in gin_files]
+        return (*given, *(f"--gin={line}" for line in lines(variant, seed)))
 
     wanted = chosen_variants(variants, docids)
     full = {seed: recipe(wanted[0], seed) for seed in seeds}
     wanted = without_repetition(wanted, full[seeds[0]], minutes)
     bench = _Bench(corpus, read, out, split, minutes)
     baselines = [v for v in BASELINES if v.name != "bm25+q" or read.qrels.get("train")]
-    jobs = [bench.baseline(variant) for variant in baselines]
+    cells: list[Job] = [bench.baseline(variant) for variant in baselines]
     for seed in seeds:
-        jobs += [bench.job(v, seed, recipe(v, seed), full[seed]) for v in wanted]
-    rows = bench.run(jobs)
+        for variant in wanted:
+            own = variant if variant.group == "docids" else wanted[0]
+            cells.append(
+                dataclasses.replace(
+                    bench.job(variant, seed, recipe(variant, seed), full[seed]),
+                    options=options(variant, seed),
+                    first_options=options(variant if variant.stage == 1 else own, seed),
+                )
+            )
+    if jobs > 1:
+        bench.train_side_by_side(cells, jobs)
+    rows = bench.run(cells)
     report = Report(
         rows=tuple(rows[variant.name] for variant in (*baselines, *wanted)),
         corpus=read.name,
@@ -157,11 +183,50 @@ class _Bench:
         )
         self._trainings = Trainings(minutes)
 
+    def train_side_by_side(self, cells: Sequence[Job], jobs: int) -> None:
+        """Trains what is not there: first every stage 1, then what goes on from one.
+
+        Raises:
+          UserError: the corpus is in memory, where no other process finds it.
+        """
+        if isinstance(self._given, Corpus):
+            raise UserError("several jobs read the corpus from a folder; give that, or jobs = 1")
+        (self._out / "results").mkdir(parents=True, exist_ok=True)
+        ledger = Ledger(self._out)
+        todo = [c for c in cells if isinstance(c, Trained) and not ledger.kept(c)]
+        share = {c.stage_one: 1 - c.first.contrastive.share for c in todo}
+        firsts = {c.stage_one: (*c.first_options, "--stage=1") for c in todo}
+        self._wave(firsts, {f: self._minutes and self._minutes * share[f] for f in firsts}, jobs)
+        seconds = {
+            c.folder: (*c.options, f"--stage-one={c.stage_one}")
+            for c in todo
+            if c.folder != c.stage_one and self._trainings.there(c.stage_one)
+        }
+        self._wave(seconds, dict.fromkeys(seconds, self._minutes), jobs)
+
+    def _wave(
+        self,
+        options: dict[Path, tuple[str, ...]],
+        minutes: dict[Path, float | None],
+        jobs: int,
+    ) -> None:
+        children = {}
+        for folder, given in options.items():
+            if not self._trainings.there(folder):
+                budget = () if minutes[folder] is None else (f"--minutes={minutes[folder]}",)
+                command = ("fit", str(self._given), f"--out={folder}", *given, *budget)
+                log = self._out / "logs" / f"{folder.name}.log"
+                children[folder] = Child(folder.name, command, log)
+        failed = run_side_by_side(list(children.values()), jobs=jobs)
+        for folder in children:
+            if folder.name in failed:
+                self._trainings.gave_up(folder, failed[folder.name])
+
     def baseline(self, variant: Variant) -> Job:
         digest = digest_of(variant.name, self._corpus_digest, self._split, DEPTH)
         return Job(variant, None, self._split, digest)
 
-    def job(self, variant: Variant, seed: int, recipe: Recipe, full: Recipe) -> Job:
+    def job(self, variant: Variant, seed: int, recipe: Recipe, full: Recipe) -> Trained:
         """A variant with a seed; `full` is the recipe of the full method with that seed."""
         first = recipe
         if variant.stage == 2:  # stage 1 is one for all that differ in stage 2 alone

@@ -5,10 +5,11 @@ from __future__ import annotations
 import base64
 import html as html_lib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from genret_jax.comparison.collections import Collections
     from genret_jax.comparison.report import Report
 
 _STYLE = """
@@ -37,29 +38,47 @@ def html(report: Report, pictures: Mapping[str, bytes]) -> str:
     for split in report.tables:
         parts += [
             f"<h2>{_text(split)}: {report.queries[split]} queries</h2>",
-            _table(report, split),
+            _table(report.head(split), report.lines(split)),
         ]
     parts += [f"<p>{_text(note)}</p>" for note in report.notes()]
-    for name, png in pictures.items():
-        data = base64.b64encode(png).decode("ascii")
-        parts.append(f'<p><img alt="{_text(name)}" src="data:image/png;base64,{data}"></p>')
-    parts.append(_list("", report.legend()))
-    if report.failures:
-        parts += ["<h2>Failed</h2>", _list("failed", report.failures)]
-    body = "\n".join(parts)
+    parts += [_picture(name, png) for name, png in pictures.items()]
+    parts += [_list("", report.legend()), _failed(report.failures)]
+    return _page(report.title(), parts)
+
+
+def collections_html(found: Collections, png: bytes) -> str:
+    """The page of several collections, with its picture and a link to each one's own page."""
+    parts = [f"<h1>{_text(found.title())}</h1>"]
+    for metric, lines in found.tables():
+        parts += [f"<h2>{_text(metric)}</h2>", _table(found.head(), lines)]
+    parts += [f"<p>{_text(note)}</p>" for note in found.notes()]
+    links = [f'<a href="{_text(name)}/comparison.html">{_text(name)}</a>' for name in found.reports]
+    parts += [f"<p>{', '.join(links)}</p>", _picture("every method on every collection", png)]
+    parts += [_list("", found.legend()), _failed(found.failures)]
+    return _page(found.title(), parts)
+
+
+def _page(title: str, parts: Sequence[str]) -> str:
+    body = "\n".join(part for part in parts if part)
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f"<title>{_text(report.title())}</title>\n<style>{_STYLE}</style>\n</head>\n"
+        f"<title>{_text(title)}</title>\n<style>{_STYLE}</style>\n</head>\n"
         f"<body>\n{body}\n</body>\n</html>\n"
     )
 
 
-def _table(report: Report, split: str) -> str:
-    head = "".join(f"<th>{_text(cell)}</th>" for cell in report.head(split))
-    lines = [
-        "<tr>" + "".join(f"<td>{_cell(cell)}</td>" for cell in line) + "</tr>"
-        for line in report.lines(split)
-    ]
+def _picture(name: str, png: bytes) -> str:
+    data = base64.b64encode(png).decode("ascii")
+    return f'<p><img alt="{_text(name)}" src="data:image/png;base64,{data}"></p>'
+
+
+def _failed(failures: Mapping[str, str]) -> str:
+    return f"<h2>Failed</h2>\n{_list('failed', failures)}" if failures else ""
+
+
+def _table(heads: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{_text(cell)}</th>" for cell in heads)
+    lines = ["<tr>" + "".join(f"<td>{_cell(c)}</td>" for c in line) + "</tr>" for line in cells]
     rows = "\n".join(lines)
     return (
         f'<div class="wide"><table>\n<thead><tr>{head}</tr></thead>\n'

@@ -11,6 +11,7 @@ import numpy as np
 from genret_jax.harness.rows import Row
 
 if TYPE_CHECKING:
+    from genret_jax.comparison.collections import Collections
     from genret_jax.comparison.report import Report
 
 METRIC, LABEL = "mrr@10", "MRR@10"
@@ -101,6 +102,38 @@ def _splits(report: Report) -> Any:
     return figure
 
 
+def draw_collections(found: Collections) -> bytes:
+    """PNG: a line a method, a mark a collection and split, with the range of its seeds."""
+    columns, methods = found.columns, found.methods
+    figure, (axes,) = _panels(1, width=9.0, height=1.6 + 0.36 * len(methods))
+    markers = "osD^vP*Xp"
+    for i, (name, rows) in enumerate(columns.items()):
+        shown = [(methods.index(row.name), row) for row in _measured(rows)]
+        # Beside one another, so that equal values are seen.
+        places = [place + 0.4 * ((i + 0.5) / len(columns) - 0.5) for place, _ in shown]
+        values = np.array([row.mean[METRIC] for _, row in shown])
+        seeds = [[one.metrics[METRIC] for one in row.measured] for _, row in shown]
+        bars = [values - [min(s) for s in seeds], [max(s) for s in seeds] - values]
+        axes.errorbar(
+            values,
+            places,
+            xerr=bars,
+            ls="",
+            marker=markers[i % len(markers)],
+            color=_SPLITS[i % len(_SPLITS)],
+            ms=6,
+            label=name,
+        )
+    axes.set_yticks(range(len(methods)), methods)
+    axes.set_ylim(len(methods) - 0.5, -0.5)
+    axes.set(xlabel=LABEL)
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside upper center", ncols=min(3, len(columns)), frameon=False)
+    return _png(figure)
+
+
 def _bars(
     axes: Any,
     tables: Sequence[Sequence[Row]],
@@ -140,11 +173,11 @@ def _generative(rows: Sequence[Row]) -> list[Row]:
     return [row for row in _measured(rows) if row.entry.group == "generative"]
 
 
-def _panels(count: int, *, width: float = 6.5) -> tuple[Any, Any]:
+def _panels(count: int, *, width: float = 6.5, height: float = 4.6) -> tuple[Any, Any]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width * count, 4.6), layout="constrained", dpi=120)
+    figure = Figure(figsize=(width * count, height), layout="constrained", dpi=120)
     FigureCanvasAgg(figure)
     return figure, figure.subplots(1, count, squeeze=False)[0]
 

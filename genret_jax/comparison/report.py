@@ -48,7 +48,7 @@ class Report:
       tables: split -> rows, in the order in which the methods were named.
       corpus, documents: what was searched.
       queries: split -> how many.
-      seeds, minutes: of the trainings.
+      seeds, budget: of the trainings; the budget in words.
       also_failed: what failed on dev, where weights are fitted.
     """
 
@@ -57,7 +57,7 @@ class Report:
     documents: int
     queries: dict[str, int]
     seeds: tuple[int, ...]
-    minutes: float | None
+    budget: str
     also_failed: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
@@ -96,8 +96,7 @@ class Report:
 
     def title(self) -> str:
         seeds = f"seed{'s' if len(self.seeds) > 1 else ''} {', '.join(map(str, self.seeds))}"
-        time = f"{self.minutes:g} min a training" if self.minutes else "the recipes' steps"
-        return f"{self.corpus}: {self.documents} documents, {time}, {seeds}"
+        return f"{self.corpus}: {self.documents} documents, {self.budget}, {seeds}"
 
     def head(self, split: str) -> list[str]:
         """The head of a split's table."""
@@ -158,7 +157,7 @@ class Report:
             "documents": self.documents,
             "queries": self.queries,
             "seeds": list(self.seeds),
-            "minutes": self.minutes,
+            "budget": self.budget,
             "splits": {
                 split: {
                     "best_baseline": self.best_baseline(split),

@@ -3,8 +3,11 @@
 DIR/
   comparison.md, .json, .csv, .html, pictures/*.png   the result
   runs/METHOD-seed-S-DIGEST/                          one folder a fit, as `genret fit` makes it
+  logs/METHOD-seed-S-DIGEST.log                       of fits that ran side by side
   results/SPLIT/METHOD-seed-S.json                    what was measured, query by query
   trec/SPLIT/METHOD-seed-S.trec                       the rankings
+
+Of several collections each has such a folder, DIR/NAME; DIR/collections.* is of them all.
 """
 
 from __future__ import annotations
@@ -12,58 +15,19 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from genret_jax.comparison.bench import DEV, Bench, Cell, Settings
+from genret_jax.comparison.collections import MARKDOWN as COLLECTIONS
+from genret_jax.comparison.collections import Collections
 from genret_jax.comparison.methods import Method, chosen_methods
 from genret_jax.comparison.report import MARKDOWN, Report
-from genret_jax.corpus import Corpus, Run, read_corpus
+from genret_jax.corpus import Corpus, read_corpus
 from genret_jax.errors import UserError
-from genret_jax.evaluation import DEFAULT_METRICS, per_query
-from genret_jax.harness.jobs import (
-    Job,
-    Ledger,
-    check_folder,
-    check_settings,
-    digest_of,
-    run_jobs,
-)
-from genret_jax.harness.measuring import DEPTH, Asked, index_bytes, rank
-from genret_jax.harness.rows import Measured
-from genret_jax.harness.trainings import Trainings
-from genret_jax.hybrid import fit_weights, reciprocal_ranks, weighted
-from genret_jax.indexing import documents_digest
-from genret_jax.recipe import Recipe, load_recipe
-from genret_jax.searchers import fit_method
+from genret_jax.harness.jobs import Ledger, check_folder, check_settings, run_jobs
+from genret_jax.harness.parallel import check_jobs, run_side_by_side
+from genret_jax.training.budget import check_budget
 
-_DEV = "dev"
 _OURS = ("results", MARKDOWN)  # by which a folder is known as a comparison's
-
-
-@dataclasses.dataclass(frozen=True)
-class Cell(Job):
-    """A method with a seed, on a split.
-
-    Attributes:
-      method: the entry, once more.
-      recipe, folder: of its fit; None for a hybrid.
-      parts: what a hybrid fuses, on this split.
-      dev: the same on dev, where the weights are fitted there.
-    """
-
-    method: Method
-    recipe: Recipe | None = None
-    folder: Path | None = None
-    parts: tuple[Cell, ...] = ()
-    dev: tuple[Cell, ...] = ()
-
-    @property
-    def place(self) -> str:
-        return f"{self.split}/{super().place}"
-
-    def shares(self) -> dict[Path, float]:
-        if self.folder is None:
-            return {}
-        return {self.folder: 1.0 if self.method.trained else 0.0}
 
 
 def compare_methods(
@@ -74,6 +38,8 @@ def compare_methods(
     seeds: Sequence[int] = (0,),
     splits: Sequence[str] = ("test",),
     minutes: float | None = None,
+    steps: int | None = None,
+    jobs: int = 1,
     size: str | None = None,
     gin_files: Sequence[str | Path] = (),
     bindings: Sequence[str] = (),
@@ -82,13 +48,16 @@ def compare_methods(
 
     Args:
       corpus: a BEIR folder, or a Corpus.
-      out: folder of the comparison; what was measured there of the same recipe, corpus and minutes
+      out: folder of the comparison; what was measured there of the same recipe, corpus and budget
         is kept.
       methods: names of gin files in gin_configs/methods; "rrf:A:B" and "weighted:A:B" fuse the
         rankings of two of them, which are then rows too.
       seeds: what is trained is trained with each.
       splits: whose queries are searched, a table each.
-      minutes: that a method may take to be trained; the recipe's steps without it.
+      minutes: that a method may take to be trained.
+      steps: instead, that it is trained for, all its stages together; the recipe's without either.
+      jobs: trainings at a time. With more than one, each is a process of its own whose log is in
+        `out`/logs; what is measured is measured when all have ended, one after the other.
       size, gin_files, bindings: of all methods, as `load_recipe` takes them.
 
     Returns:
@@ -97,28 +66,144 @@ def compare_methods(
 
     Raises:
       UserError: a mistake in what is given, found before anything is trained.
-      Interrupted: after SIGTERM or Ctrl-C, once a checkpoint is written.
+      Interrupted: after SIGTERM or Ctrl-C, once checkpoints are written.
     """
-    out = Path(out)
-    check_settings(seeds, minutes)
-    check_folder(out, _OURS, "a comparison")
+    settings = _settings(seeds, minutes, steps, jobs, size, gin_files, bindings)
     read = corpus if isinstance(corpus, Corpus) else read_corpus(corpus)
+    planned = _planned(corpus, read, Path(out), methods, seeds, splits, settings)
+    _train([planned], jobs)
+    return planned.report()
+
+
+def compare_collections(
+    corpora: Sequence[str | Path],
+    *,
+    out: str | Path,
+    methods: Sequence[str],
+    seeds: Sequence[int] = (0,),
+    splits: Sequence[str] = ("test",),
+    minutes: float | None = None,
+    steps: int | None = None,
+    jobs: int = 1,
+    size: str | None = None,
+    gin_files: Sequence[str | Path] = (),
+    bindings: Sequence[str] = (),
+) -> Collections:
+    """The same over several collections, with one table of them all.
+
+    Args:
+      corpora: BEIR folders, each of a name of its own.
+      splits: each collection has at least one of them, and is searched with those that it has.
+      out, methods, seeds, minutes, steps, jobs, size, gin_files, bindings: as of `compare_methods`.
+
+    Raises:
+      UserError, Interrupted: as `compare_methods` does.
+    """
+    settings = _settings(seeds, minutes, steps, jobs, size, gin_files, bindings)
+    out = Path(out)
+    read = [read_corpus(corpus) for corpus in corpora]
+    names = [Path(corpus).resolve().name for corpus in corpora]
+    if len(set(names)) < len(names):
+        raise UserError(f"collections {', '.join(names)}: two of one name; rename one's folder")
+    check_folder(out, (*names, COLLECTIONS), "a comparison of several collections")
+    missing = [split for split in splits if not any(one.qrels.get(split) for one in read)]
+    if missing:
+        raise UserError(f"no collection has a split {missing[0]!r}; choose other --splits")
+    plans = []
+    for corpus, one, name in zip(corpora, read, names, strict=True):
+        here = [split for split in splits if one.qrels.get(split)]
+        if not here:
+            raise UserError(
+                f"{corpus}: has none of the splits {', '.join(splits)}; there are "
+                f"{', '.join(one.splits)}"
+            )
+        plans.append(_planned(corpus, one, out / name, methods, seeds, here, settings))
+    _train(plans, jobs)
+    found = Collections(
+        {name: planned.report() for name, planned in zip(names, plans, strict=True)}
+    )
+    found.write(out)
+    return found
+
+
+def _settings(
+    seeds: Sequence[int],
+    minutes: float | None,
+    steps: int | None,
+    jobs: int,
+    size: str | None,
+    gin_files: Sequence[str | Path],
+    bindings: Sequence[str],
+) -> Settings:
+    check_budget(steps, minutes)
+    check_settings(seeds, minutes)
+    check_jobs(jobs)
+    return Settings(minutes, steps, size, tuple(map(str, gin_files)), tuple(bindings))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Planned:
+    """A comparison over one collection, whose settings were found to be in order.
+
+    Attributes:
+      corpus, out, seeds, splits, settings: as given.
+      chosen: the rows.
+      bench: does cells.
+      cells: in the order in which they are done.
+    """
+
+    corpus: Corpus
+    out: Path
+    seeds: tuple[int, ...]
+    splits: tuple[str, ...]
+    settings: Settings
+    chosen: list[Method]
+    bench: Bench
+    cells: list[Cell]
+
+    def report(self) -> Report:
+        """Does what is not done, and writes the report."""
+        (self.out / "results").mkdir(parents=True, exist_ok=True)
+        rows = run_jobs(self.cells, Ledger(self.out), self.bench.measure, self.bench.left)
+        report = Report(
+            tables={s: tuple(rows[s, method.name] for method in self.chosen) for s in self.splits},
+            corpus=self.corpus.name,
+            documents=len(self.corpus.documents),
+            queries={split: len(self.corpus.qrels[split]) for split in self.splits},
+            seeds=self.seeds,
+            budget=self.settings.text(),
+            also_failed={
+                f"{row.name}, {split}": why
+                for (split, _), row in rows.items()
+                if split not in self.splits
+                for why in row.failures.values()
+            },
+        )
+        report.write(self.out)
+        return report
+
+
+def _planned(
+    given: str | Path | Corpus,
+    corpus: Corpus,
+    out: Path,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    splits: Sequence[str],
+    settings: Settings,
+) -> _Planned:
+    check_folder(out, _OURS, "a comparison")
     splits = tuple(dict.fromkeys(splits))
     for split in splits:
-        if not read.split_queries(split):
+        if not corpus.split_queries(split):
             raise UserError(f"split {split!r} has no queries; choose other --splits")
     if not splits:
-        raise UserError(f"no --splits; there are {', '.join(read.splits)}")
-
-    def recipe(name: str, seed: int = seeds[0]) -> Recipe:
-        lines = [*bindings, f"TrainConfig.seed = {seed}"]
-        return load_recipe(name, size=size, gin_files=gin_files, bindings=lines)
-
-    chosen = chosen_methods(methods, recipe)
-    if any(m.rule == "weighted" for m in chosen) and not read.qrels.get(_DEV):
+        raise UserError(f"no --splits; there are {', '.join(corpus.splits)}")
+    chosen = chosen_methods(methods, lambda name: settings.recipe(name, seeds[0]))
+    if any(m.rule == "weighted" for m in chosen) and not corpus.qrels.get(DEV):
         raise UserError("weighted:A:B fits its weights on dev, and there is no qrels/dev.tsv")
-    (out / "results").mkdir(parents=True, exist_ok=True)
-    bench = _Bench(corpus, read, out, minutes)
+    bench = Bench(given, corpus, out, settings)
+    by_name = {method.name: method for method in chosen}
     cells: dict[tuple[str, int | None, str], Cell] = {}
 
     def cell(method: Method, seed: int | None, split: str) -> Cell:
@@ -126,11 +211,10 @@ def compare_methods(
         seed = seed if method.trained else None
         key = (method.name, seed, split)
         if key not in cells:
-            by_name = {m.name: m for m in chosen}
             parts = [by_name[part] for part in method.parts]
             here = tuple(cell(part, seed, split) for part in parts)
-            dev = tuple(cell(p, seed, _DEV) for p in parts if method.rule == "weighted")
-            made = None if parts else recipe(method.name, seed or 0)
+            dev = tuple(cell(p, seed, DEV) for p in parts if method.rule == "weighted")
+            made = None if parts else settings.recipe(method.name, seed or 0)
             cells[key] = bench.cell(method, seed, split, made, here, dev)
         return cells[key]
 
@@ -138,126 +222,22 @@ def compare_methods(
         for seed in seeds if method.trained else (None,):
             for split in splits:
                 cell(method, seed, split)
-    rows = run_jobs(list(cells.values()), Ledger(out), bench.measure, bench.left)
-    report = Report(
-        tables={s: tuple(rows[s, method.name] for method in chosen) for s in splits},
-        corpus=read.name,
-        documents=len(read.documents),
-        queries={split: len(read.qrels[split]) for split in splits},
-        seeds=tuple(seeds),
-        minutes=minutes,
-        also_failed={
-            f"{row.name}, {split}": why
-            for (split, _), row in rows.items()
-            if split not in splits
-            for why in row.failures.values()
-        },
-    )
-    report.write(out)
-    return report
+    every = list(cells.values())
+    return _Planned(corpus, out, tuple(seeds), splits, settings, chosen, bench, every)
 
 
-class _Bench:
-    """The corpus, the folder, and how a cell is done."""
-
-    def __init__(
-        self, given: str | Path | Corpus, corpus: Corpus, out: Path, minutes: float | None
-    ):
-        # Fits get what the user gave: a retriever remembers where its corpus is.
-        self._given, self._corpus, self._out, self._minutes = given, corpus, out, minutes
-        self._digest = digest_of(documents_digest(corpus.documents), corpus.queries, corpus.qrels)
-        self._trainings = Trainings(minutes)
-        self._ledger = Ledger(out)
-
-    def cell(
-        self,
-        method: Method,
-        seed: int | None,
-        split: str,
-        recipe: Recipe | None,
-        parts: tuple[Cell, ...],
-        dev: tuple[Cell, ...],
-    ) -> Cell:
-        if recipe is None:
-            of = [part.digest for part in (*parts, *dev)]
-            digest = digest_of(method.rule, of)
-            return Cell(method, seed, split, digest, method, parts=parts, dev=dev)
-        minutes = self._minutes if method.trained else None
-        about: Any = recipe.to_dict()
-        if not method.trained:  # no seed and no size of a network makes another index
-            about = about["searcher"]
-        digest = digest_of(about, self._digest, minutes)
-        name = method.slug if seed is None else f"{method.slug}-seed-{seed}"
-        folder = self._out / "runs" / f"{name}-{digest[:10]}"
-        return Cell(method, seed, split, digest_of(digest, split, DEPTH), method, recipe, folder)
-
-    def left(self, cells: Sequence[Cell]) -> str:
-        shares = {folder: share for cell in cells for folder, share in cell.shares().items()}
-        return self._trainings.left({f: share for f, share in shares.items() if share})
-
-    def measure(self, cell: Cell) -> tuple[Measured, Run]:
-        return self._fused(cell) if cell.parts else self._searched(cell)
-
-    def _searched(self, cell: Cell) -> tuple[Measured, Run]:
-        folder, recipe = cell.folder, cell.recipe
-        assert folder is not None and recipe is not None
-        minutes = self._minutes if cell.method.trained else None
-        self._trainings.train(
-            folder,
-            cell.shares()[folder],
-            lambda: fit_method(self._given, recipe=recipe, out=folder, minutes=minutes),
-        )
-        searcher = self._trainings.opened(folder)
-        queries, qrels = self._corpus.split_queries(cell.split), self._corpus.qrels[cell.split]
-        found = rank(Asked(searcher), queries, qrels, latency=True)
-        training = searcher.about["training"]
-        measured = Measured(
-            seed=cell.seed,
-            per_query=found.per_query,
-            run=str(folder.relative_to(self._out)),
-            steps=training["steps"],
-            seconds=training["seconds"],
-            figures={
-                "queries_per_second": found.queries_per_second,
-                "index_bytes": float(index_bytes(searcher.folder)),
-            },
-            latencies=found.latencies,
-        )
-        return measured, found.run
-
-    def _fused(self, cell: Cell) -> tuple[Measured, Run]:
-        """From the rankings of its parts, one after the other on one machine."""
-        measured = [self._done(part) for part in cell.parts]
-        runs = [self._ledger.run_of(part) for part in cell.parts]
-        figures: dict[str, float] = {}
-        if cell.method.rule == "rrf":
-            run = reciprocal_ranks(runs, k=DEPTH)
-        else:
-            for part in cell.dev:
-                self._done(part)
-            dev = [self._ledger.run_of(part) for part in cell.dev]
-            first = fit_weights(dev[0], dev[1], self._corpus.qrels[_DEV]).first
-            run = weighted(runs, [first, 1 - first], k=DEPTH)
-            figures["weight"] = first
-        speeds = [1 / one.figures["queries_per_second"] for one in measured]
-        figures["queries_per_second"] = 1 / sum(speeds)
-        figures["index_bytes"] = sum(one.figures["index_bytes"] for one in measured)
-        values = per_query(run, self._corpus.qrels[cell.split], DEFAULT_METRICS)
-        # Both were asked the same queries alone, until their time was up.
-        together = zip(*(one.latencies for one in measured), strict=False)
-        found = Measured(
-            seed=cell.seed,
-            per_query=values,
-            run="+".join(one.run for one in measured),
-            steps=sum(one.steps for one in measured),
-            seconds=sum(one.seconds for one in measured),
-            figures=figures,
-            latencies=tuple(sum(times) for times in together),
-        )
-        return found, run
-
-    def _done(self, part: Cell) -> Measured:
-        found = self._ledger.kept(part)
-        if found is None:
-            raise UserError(f"{part.title} on {part.split} failed, and there is nothing to fuse")
-        return found
+def _train(plans: Sequence[_Planned], jobs: int) -> None:
+    """Trains side by side, where that is wanted; else each is trained when it is measured."""
+    if jobs == 1:
+        return
+    found = [
+        (planned, folder, child)
+        for planned in plans
+        for folder, child in planned.bench.trainings(planned.cells).items()
+    ]
+    for planned in plans:  # what was begun here is a comparison's, whatever happens
+        (planned.out / "results").mkdir(parents=True, exist_ok=True)
+    failed = run_side_by_side([child for _, _, child in found], jobs=jobs)
+    for planned, folder, child in found:
+        if child.title in failed:
+            planned.bench.gave_up(folder, failed[child.title])

@@ -50,6 +50,14 @@ class Trainings:
             self._spent += time.monotonic() - began
             self._trained += share
 
+    def there(self, folder: Path) -> bool:
+        """Whether a training has ended."""
+        return _done(folder)
+
+    def gave_up(self, folder: Path, why: str) -> None:
+        """Notes that a training failed in another process."""
+        self._failed[folder] = why
+
     def opened(self, folder: Path) -> Opened:
         """What a training made; the one before is closed, so that no two take memory."""
         if self._opened is None or self._opened[0] != folder:

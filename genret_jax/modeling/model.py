@@ -254,6 +254,7 @@ class RetrievalModel:
         beam: int,
         normaliser: str = "vocabulary",
         trail: bool = False,
+        look_ahead: Float[Array, "batch states"] | None = None,
     ) -> BeamResult:
         """Constrained beam search; the encoder runs once a query. See `constrained_beam_search`."""
         variables = {"params": params}
@@ -291,6 +292,7 @@ class RetrievalModel:
             normaliser=normaliser,
             tail_fn=tail,
             trail=trail,
+            look_ahead=look_ahead,
         )
 
     def search_and_embed(
@@ -301,9 +303,12 @@ class RetrievalModel:
         *,
         beam: int,
         normaliser: str = "vocabulary",
+        look_ahead: Float[Array, "batch states"] | None = None,
     ) -> tuple[BeamResult, Float[Array, "batch embed"]]:
         """`search`, and the queries' semantic vectors; one program encodes a query once."""
-        found = self.search(params, encoder_tokens, trie, beam=beam, normaliser=normaliser)
+        found = self.search(
+            params, encoder_tokens, trie, beam=beam, normaliser=normaliser, look_ahead=look_ahead
+        )
         return found, self.vectors(params, encoder_tokens)
 
 

@@ -9,6 +9,8 @@ from collections.abc import Callable
 import numpy as np
 
 from genret_jax.errors import UserError
+from genret_jax.indexing import NO_DOCIDS
+from genret_jax.recipe import Recipe
 
 
 @dataclasses.dataclass
@@ -92,3 +94,40 @@ def check_minutes(minutes: float | None) -> None:
     """UserError unless it is a time budget, or none."""
     if minutes is not None and not 0 < minutes < float("inf"):
         raise UserError(f"minutes must be a number above 0, found {minutes}")
+
+
+def with_steps(recipe: Recipe, steps: int | None) -> Recipe:
+    """The recipe of a run that has so many steps, all stages together.
+
+    Of a method in two stages, ContrastiveConfig.share says which part of them is the second's, as
+    it does of a time budget.
+
+    Args:
+      recipe: of any method.
+      steps: of the run; None for those of the recipe.
+
+    Raises:
+      UserError: fewer than there are stages.
+    """
+    if steps is None:
+        return recipe
+    first = second = steps
+    if recipe.contrastive.wanted and recipe.docids.kind != NO_DOCIDS:
+        second = max(1, round(steps * recipe.contrastive.share))
+        first = steps - second
+    if first < 1:
+        raise UserError(f"steps must be at least 1 a stage, found {steps} in all; give more")
+    return dataclasses.replace(
+        recipe,
+        train=dataclasses.replace(recipe.train, steps=first),
+        contrastive=dataclasses.replace(recipe.contrastive, steps=second),
+    )
+
+
+def check_budget(steps: int | None, minutes: float | None) -> None:
+    """UserError unless a budget is one of steps, or of time, or none."""
+    if steps is not None and minutes is not None:
+        raise UserError("both steps and minutes are given; a budget is one of them")
+    if steps is not None and steps < 1:
+        raise UserError(f"steps must be a whole number from 1, found {steps}")
+    check_minutes(minutes)
