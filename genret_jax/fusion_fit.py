@@ -46,6 +46,7 @@ def fit_fusion(
     temperature: float,
     metric: str,
     unseen: Bool[np.ndarray, " queries"] | None = None,
+    unseen_share: float = 0.5,
 ) -> FittedFusion:
     """The weights with the best dev metric; among equals, those nearest to training's.
 
@@ -53,14 +54,15 @@ def fit_fusion(
 
     Where some queries are about documents that no train query names, this is done on the others.
     Then the weights of both kinds of documents are chosen together, with the offset between them,
-    by the mean of the metric of both kinds of queries, each among candidates of both kinds. Where
-    no pair of weights is better than one weight for all, there is one.
+    by a mean of the metric of both kinds of queries, each among candidates of both kinds. Where no
+    pair of weights is better than one weight for all, there is one.
 
     Args:
       judged: the candidates of dev queries, with similarities.
       temperature: of the contrastive loss, which sets the unit of the weight.
       metric: for example "mrr@10".
       unseen: which queries are about documents without train queries; by default none is.
+      unseen_share: how much these count in the mean; the others count the rest.
     """
     if unseen is None or not 0 < unseen.sum() < len(unseen):
         return FittedFusion(*_one_weight(judged, temperature, metric))
@@ -71,7 +73,7 @@ def fit_fusion(
         return float(value[~unseen].mean()), float(value[unseen].mean())
 
     one = values(fusion.score(judged.candidates))
-    both, two = _two_weights(judged, fusion, temperature, values, sum(one))
+    both, two = _two_weights(judged, fusion, temperature, values, unseen_share, one)
     kinds = {"one weight": one, "two weights": two or one}
     return FittedFusion(
         both, curve, {name: dict(zip(_KINDS, pair, strict=True)) for name, pair in kinds.items()}
@@ -119,14 +121,16 @@ def _two_weights(
     one: Fusion,
     temperature: float,
     values: Callable[[np.ndarray], tuple[float, float]],
-    least: float,
+    share: float,
+    of_one: tuple[float, float],
 ) -> tuple[Fusion, tuple[float, float] | None]:
     """A weight for either kind of document, at the alpha and the share of `one`.
 
     Args:
       one: weights that do not tell them apart.
       values: scores -> the metric of the queries of either kind.
-      least: the sum of both metrics of `one`, which is to be bettered.
+      share: of the queries about unseen documents in the mean of both.
+      of_one: the metrics of `one`, whose mean is to be bettered.
 
     Returns:
       The weights and their metrics; `one` and None where none are better.
@@ -141,15 +145,20 @@ def _two_weights(
         for weight in _WEIGHTS
     ]
     one_of_unseen = found.unseen.astype(np.float32)
+
+    def mean_of(kinds: tuple[float, float]) -> float:
+        """Rounded: means that are equal may differ in their last bits."""
+        return round((1 - share) * kinds[0] + share * kinds[1], 9)
+
+    least = mean_of(of_one)
     best: tuple[float, ...] = (least,)
     chosen, of_chosen = one, None
     for (i, weight), (j, other) in itertools.product(enumerate(_WEIGHTS), repeat=2):
         scores = np.where(found.unseen, alone[j], alone[i])
         for offset in _offsets(scores, found.unseen):
             of_kinds = values(scores + np.float32(offset) * one_of_unseen)
-            # A sum of equal means may differ in its last bits.
-            key = (round(sum(of_kinds), 9), -abs(weight - 1), -abs(other - weight), -abs(offset))
-            if key > best and key[0] > round(least, 9):
+            key = (mean_of(of_kinds), -abs(weight - 1), -abs(other - weight), -abs(offset))
+            if key[0] > least and key > best:
                 best, of_chosen = key, of_kinds
                 chosen = dataclasses.replace(
                     one,

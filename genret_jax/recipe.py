@@ -101,6 +101,8 @@ class DataConfig:
       held_out_documents: share of the documents with train queries whose queries are all held out,
         in a corpus where other documents have none: so dev tells how such documents are to be
         ranked. 50 documents at least, 5 % of those with train queries at most; 0 for none.
+      unseen_share: how much dev queries about documents without train queries count, where they are
+        told apart, in dev metrics and in the weights of fusion; the other queries count the rest.
     """
 
     indexing_share: float = -1.0
@@ -113,6 +115,7 @@ class DataConfig:
     dev_queries: int = 1000
     held_out: float = 0.05
     held_out_documents: float = 0.0
+    unseen_share: float = 0.5
 
 
 @dataclasses.dataclass(frozen=True)

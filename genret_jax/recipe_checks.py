@@ -17,6 +17,7 @@ _SHARES = (
     "pseudo_share",
     "held_out",
     "held_out_documents",
+    "unseen_share",
     "label_smoothing",
     "share",
 )

@@ -28,6 +28,7 @@ class Split:
     pseudo: like pairs, of generated queries; see `genret_jax.pseudo_queries`.
     unseen: the dev queries none of whose relevant documents is named by a train query, where the
       corpus has such documents and the recipe wants them apart; see `split_corpus`.
+    unseen_share: how much these count in a dev metric; the others count the rest.
     """
 
     pairs: list[tuple[str, int]]
@@ -35,6 +36,7 @@ class Split:
     dev_qrels: Qrels
     pseudo: Sequence[tuple[str, int]] = ()
     unseen: frozenset[str] = frozenset()
+    unseen_share: float = 0.5
 
     @property
     def all_pairs(self) -> list[tuple[str, int]]:
@@ -81,7 +83,11 @@ def split_corpus(corpus: Corpus, config: DataConfig, *, seed: int) -> Split:
         dev_queries={**split.dev_queries, **{q: texts[q] for q in about}},
         dev_qrels={**split.dev_qrels, **{q: corpus.qrels["train"][q] for q in about}},
     )
-    return dataclasses.replace(split, unseen=_unseen(corpus, split.pairs, split.dev_qrels))
+    return dataclasses.replace(
+        split,
+        unseen=_unseen(corpus, split.pairs, split.dev_qrels),
+        unseen_share=config.unseen_share,
+    )
 
 
 def _held_out(

@@ -244,6 +244,20 @@ def test_both_kinds_at_once_need_what_only_unseen_documents_get(found):
         assert 2.0 < fitted.fusion.unseen_offset < 3.0
 
 
+def test_a_share_decides_which_kind_is_ranked_right_where_both_cannot_be():
+    """One query of each kind, with the same candidates in the same order."""
+    found = {q: _candidates([-1.0, -9.0, -2.0, -9.0], [0.0] * 4, unseen=UNSEEN) for q in "su"}
+    qrels, unseen = {"s": {"a": 1}, "u": {"c": 1}}, np.array([False, True])
+    judged = Judged.of(found, qrels, IDS, descending(IDS))
+    for share, right in ((0.3, "seen"), (0.7, "unseen")):
+        fitted = fit_fusion(
+            judged, temperature=1.0, metric="hits@1", unseen=unseen, unseen_share=share
+        )
+        both = {"seen": 0.0, "unseen": 0.0, right: 1.0}
+        assert fitted.kinds["two weights"] == both
+        assert (fitted.fusion.unseen_weight is None) == (right == "seen")
+
+
 def test_one_weight_stays_where_two_gain_nothing():
     found = {q: _candidates([-1.0, -2.0], [0.5, 0.1], unseen=[q == "r"] * 2) for q in "qr"}
     qrels, unseen = {q: {"a": 1} for q in "qr"}, np.array([False, True])

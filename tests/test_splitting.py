@@ -66,6 +66,10 @@ def test_nothing_changes_where_it_would_not_serve(corpus, share):
     assert split.unseen_documents(len(corpus.documents)) is None
 
 
+def test_what_they_count_is_the_recipes():
+    assert _split(_corpus(), unseen_share=0.25).unseen_share == 0.25
+
+
 def test_never_more_documents_than_there_are_without_queries():
     split = _split(_corpus(seen=2000, unseen=25, queries=2), held_out=0.0)
     assert len(set(range(2000)) - _named(split.pairs)) == 25

@@ -64,9 +64,9 @@ def by_kind(
 ) -> dict[str, float]:
     """Metrics of the dev queries from those of each.
 
-    Where documents without train queries are told apart, the metric is the mean of that of the
-    queries about them ("unseen_...") and that of the others ("seen_..."), each with equal weight:
-    at search time nobody knows of which kind a query is, or how many are of each.
+    Where documents without train queries are told apart, the metric is a mean of that of the
+    queries about them ("unseen_...") and that of the others ("seen_..."), by `split.unseen_share`:
+    how many queries of a search are of each kind is not known, and dev does not tell it.
 
     Args:
       values: metric -> one number a query, in the order of `split.dev_qrels`.
@@ -77,7 +77,8 @@ def by_kind(
     unseen = np.array([query in split.unseen for query in split.dev_qrels])
     kinds = {"seen_": ~unseen, "unseen_": unseen}
     parts = {k: {n: float(v[of].mean()) for n, v in values.items()} for k, of in kinds.items()}
-    means = {n: (parts["seen_"][n] + parts["unseen_"][n]) / 2 for n in values}
+    share = split.unseen_share
+    means = {n: (1 - share) * parts["seen_"][n] + share * parts["unseen_"][n] for n in values}
     return means | {k + n: value for k, part in parts.items() for n, value in part.items()}
 
 

@@ -113,6 +113,7 @@ def _fitted(materials: Materials, params: Params, judged: Judged) -> FittedFusio
         temperature=temperature_of(materials, params),
         metric=materials.recipe.train.metric,
         unseen=np.array([query in split.unseen for query in split.dev_qrels]),
+        unseen_share=split.unseen_share,
     )
 
 
