@@ -15,11 +15,15 @@ import threading
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 from tiny import FAST, tiny_corpus
 
 from genret_jax import cli
 from genret_jax.cli import main
 from genret_jax.comparison import bench
+from genret_jax.comparison.labels import label_points
 from genret_jax.comparison.methods import Method, chosen_methods
 from genret_jax.comparison.report import Report, costs, latency_of, size
 from genret_jax.corpus import read_run, write_corpus
@@ -584,6 +588,32 @@ def test_all_may_fail(tmp_path):
     report.write(tmp_path)
     assert report.best_baseline("test") == "" and not (tmp_path / "pictures").exists()
     assert (tmp_path / "comparison.md").read_text().count("(failed)") == 4
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_names_of_many_points_cover_neither_one_another_nor_points(seed):
+    """Eighteen points, most of them in one heap, as methods of like cost are."""
+    rng = np.random.default_rng(seed)
+    figure = Figure(figsize=(7.5, 6), dpi=100)
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    points = [(*rng.normal(0.5, 0.1, 2), f"method-{i}") for i in range(16)]
+    points += [(-1.0, 0.1, "far"), (1.5, 0.9, "away")]
+    axes.set(xlim=(-1.2, 2.0), ylim=(0, 1))
+    made = label_points(axes, points)
+    figure.draw_without_rendering()
+    assert [text.get_text() for text in made] == [name for _, _, name in points]
+    boxes = [Text.get_window_extent(text) for text in made]  # without its line
+    shared = [
+        min(a.x1, b.x1) - max(a.x0, b.x0)
+        for i, a in enumerate(boxes)
+        for b in boxes[:i]
+        if min(a.x1, b.x1) > max(a.x0, b.x0) + 1 and min(a.y1, b.y1) > max(a.y0, b.y0) + 1
+    ]
+    assert not shared
+    places = axes.transData.transform([(x, y) for x, y, _ in points])
+    assert not any(box.contains(*place) for box in boxes for place in places)
+    assert all(axes.get_window_extent().contains(box.x0, box.y0) for box in boxes)
 
 
 def test_sizes_in_words():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from types import SimpleNamespace
@@ -22,7 +23,7 @@ from genret_jax.corpus import write_corpus
 from genret_jax.docids.subwords import subword_docids
 from genret_jax.errors import UserError
 from genret_jax.glen import GlenRanker, Learned, descend
-from genret_jax.modeling.glen import GlenModel, GlenWeights, glen_loss, temperature
+from genret_jax.modeling.glen import GlenModel, GlenWeights, KeywordModel, glen_loss, temperature
 from genret_jax.modeling.layers import T5Config
 from genret_jax.modeling.model import RetrievalModel
 from genret_jax.modeling.network import T5
@@ -219,6 +220,26 @@ def test_a_step_is_fed_with_the_state_before_it(model, params):
     again = apply(fed)
     np.testing.assert_allclose(again, states, atol=1e-5)
     assert np.abs(states[:, 0] - states[:, 1]).max() > 1e-3
+
+
+def test_the_first_phase_has_the_cross_entropy_of_states_fed_back(model, params):
+    """What was written is not read: targets change the loss by their own log p alone."""
+    rng = np.random.default_rng(5)
+    queries = rng.integers(3, 20, (4, 6)).astype(np.int32)
+    space = model.model.docids
+    local = rng.integers(2, space.size, (4, model.steps))
+    batch = {
+        "encoder_input_tokens": queries,
+        "decoder_input_tokens": rng.integers(2, 9, (4, model.steps)),
+        "decoder_target_tokens": np.asarray(space.to_model(local)),
+        "decoder_loss_weights": np.ones((4, model.steps), np.float32),
+    }
+    plain = dataclasses.replace(model, model=dataclasses.replace(model.model, label_smoothing=0.0))
+    logits = plain.logits(params, plain.states(params, queries))
+    log_p = np.asarray(jax.nn.log_softmax(logits))
+    expected = -np.mean([log_p[i, m, local[i, m]] for i in range(4) for m in range(model.steps)])
+    loss, parts = KeywordModel(plain).loss_fn(params, batch)
+    assert float(loss) == pytest.approx(expected, rel=1e-5) and "cross_entropy" in parts
 
 
 def test_the_models_loss_is_that_of_its_logits(model, params):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from genret_jax.comparison.labels import label_points
 from genret_jax.harness.rows import Row
 
 if TYPE_CHECKING:
@@ -44,8 +45,12 @@ def _scatter(report: Report, cost: str, label: str) -> Any:
     """A panel a split: each method at its cost and quality, seeds as bars of their range."""
     from genret_jax.comparison.report import costs
 
-    figure, panels = _panels(len(report.tables))
+    most = max(len(rows) for rows in report.tables.values())
+    figure, panels = _panels(len(report.tables), width=7.5, height=4.6 + 0.15 * max(0, most - 6))
+    named: list[tuple[Any, list[tuple[float, float, str]]]] = []
     for axes, (split, rows) in zip(panels, report.tables.items(), strict=True):
+        points: list[tuple[float, float, str]] = []
+        named.append((axes, points))
         for row in _measured(rows):
             found = costs(row)
             if cost not in found:
@@ -56,15 +61,17 @@ def _scatter(report: Report, cost: str, label: str) -> Any:
             axes.errorbar(
                 [x], [y], yerr=bars, color=_COLOURS[group], marker=_MARKERS[group], ms=8, capsize=3
             )
-            axes.annotate(row.name, (x, y), xytext=(7, 4), textcoords="offset points", fontsize=8.5)
+            points.append((x, y, row.name))
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter("{x:g}")
         axes.set(xlabel=label, ylabel=LABEL, title=f"{split}: {report.queries[split]} queries")
-        axes.set_ylim(bottom=0)
-        axes.margins(x=0.25)  # room for the names
+        axes.margins(x=0.25, y=0.12)  # room for the names
+        axes.set_ylim(bottom=max(0.0, axes.get_ylim()[0]))
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     _legend(figure, {row.entry.group for rows in report.tables.values() for row in _measured(rows)})
+    for axes, points in named:  # when all else stands
+        label_points(axes, points)
     return figure
 
 
@@ -81,10 +88,14 @@ def _legend(figure: Any, groups: set[str]) -> None:
 
 def _identifiers(report: Report) -> Any:
     """Generative methods side by side, in the order of their kinds of identifiers."""
-    figure, panels = _panels(len(report.tables))
+    most = max(len(_generative(rows)) for rows in report.tables.values())
+    figure, panels = _panels(len(report.tables), width=max(6.5, 0.75 * most))
     for axes, (split, rows) in zip(panels, report.tables.items(), strict=True):
         shown = sorted(_generative(rows), key=lambda row: (row.entry.docids, row.name))
-        labels = [f"{row.entry.docids}\n({row.name})" for row in shown]
+        labels = [
+            row.name if row.name == row.entry.docids else f"{row.entry.docids} ({row.name})"
+            for row in shown
+        ]
         _bars(axes, [shown], labels, [_COLOURS["generative"]], [""])
         axes.set(ylabel=LABEL, title=f"{split}: by identifier kind")
     return figure
@@ -93,12 +104,13 @@ def _identifiers(report: Report) -> Any:
 def _splits(report: Report) -> Any:
     """Every method on every split, such as seen and unseen documents."""
     names = [row.name for row in next(iter(report.tables.values()))]
-    figure, (axes,) = _panels(1, width=max(7.0, 1.1 * len(names)))
+    figure, (axes,) = _panels(1, width=max(7.0, 0.85 * len(names)))
     tables = [list(rows) for rows in report.tables.values()]
     colours = [_SPLITS[i % len(_SPLITS)] for i in range(len(tables))]
     _bars(axes, tables, names, colours, list(report.tables))
-    axes.set(ylabel=LABEL, title="by split")
-    axes.legend(frameon=False, ncols=len(tables), loc="upper left", bbox_to_anchor=(0, 1.0))
+    axes.set(ylabel=LABEL)
+    axes.legend(frameon=False, ncols=len(tables), loc="lower left", bbox_to_anchor=(0, 1.0))
+    axes.set_title("by split", loc="right")
     return figure
 
 
@@ -143,6 +155,8 @@ def _bars(
 ) -> None:
     """Groups of bars, one a label, with the seeds as dots."""
     width = 0.8 / len(tables)
+    inches = width * axes.figure.get_figwidth() / max(1, len(labels))
+    narrow = {"rotation": 90} if inches < 0.42 else {}  # than a value is long
     for i, (rows, colour, name) in enumerate(zip(tables, colours, names, strict=True)):
         places = np.arange(len(rows)) + (i - (len(tables) - 1) / 2) * width
         values = [row.mean[METRIC] if row.measured else 0.0 for row in rows]
@@ -152,14 +166,20 @@ def _bars(
             text = f"{row.mean[METRIC]:.3f}" if row.measured else "failed"
             top = (place, max(seeds, default=0.0))  # above the dots
             axes.annotate(
-                text, top, xytext=(0, 6), textcoords="offset points", ha="center", fontsize=8
+                text,
+                top,
+                xytext=(0, 6),
+                textcoords="offset points",
+                ha="center",
+                fontsize=8,
+                **narrow,
             )
             if len(seeds) > 1:
                 dots: dict[str, Any] = {"facecolor": "white", "edgecolor": "black", "zorder": 3}
                 axes.scatter(
                     np.linspace(-0.2, 0.2, len(seeds)) * width + place, seeds, s=14, **dots
                 )
-    many = {"rotation": 20, "ha": "right"} if len(labels) > 5 else {}
+    many = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if len(labels) > 5 else {}
     axes.set_xticks(range(len(labels)), labels, **many)
     axes.margins(y=0.18)
     axes.spines[["top", "right"]].set_visible(False)

@@ -20,7 +20,7 @@ from genret_jax.decoding import BeamResult, constrained_beam_search
 from genret_jax.device_trie import DeviceTrie
 from genret_jax.docids.table import EOS_ID
 from genret_jax.modeling.contrastive import SHORTEST, in_chunks, info_nce, usable_columns
-from genret_jax.modeling.losses import LossOutput
+from genret_jax.modeling.losses import LossOutput, docid_cross_entropy
 from genret_jax.modeling.model import Batch, Params, RetrievalModel
 from genret_jax.modeling.network import T5
 
@@ -265,3 +265,42 @@ class GlenModel:
         found = constrained_beam_search(step, (), trie, batch=tokens.shape[0], beam=beam)
         places = jnp.moveaxis(found.tokens, 1, 2)  # [batch, steps, beam]
         return found, jnp.moveaxis(jnp.take_along_axis(logits, places, axis=-1), 1, 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class KeywordModel:
+    """GLEN's first phase: docid cross-entropy, with states fed back as the second phase does.
+
+    A step that has learned to read the token before it is at a loss when a state is fed instead,
+    and writes one and the same token at every step. So tokens are not read here either.
+
+    Attributes:
+      glen: the model of the second phase.
+    """
+
+    glen: GlenModel
+
+    def init(self, rng: Array) -> tuple[Params, Any]:
+        return self.glen.init(rng)
+
+    def parameter_axes(self) -> Any:
+        return self.glen.parameter_axes()
+
+    def loss_fn(
+        self, params: Params, batch: Batch, dropout_rng: Array | None = None
+    ) -> tuple[Array, dict[str, Array]]:
+        """`docid_cross_entropy` of a batch as `RetrievalModel.loss_fn` takes it.
+
+        Returns:
+          The loss and the parts to log, float32 scalars.
+        """
+        model = self.glen.model
+        states = self.glen.states(params, batch["encoder_input_tokens"], dropout_rng)
+        out = docid_cross_entropy(
+            self.glen.logits(params, states),
+            model.docids.to_local(batch["decoder_target_tokens"]),
+            batch["decoder_loss_weights"],
+            label_smoothing=model.label_smoothing,
+            z_loss=model.z_loss,
+        )
+        return out.loss, {"loss": out.loss, **out.parts}

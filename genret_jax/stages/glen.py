@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,13 @@ from genret_jax.errors import UserError
 from genret_jax.evaluation import evaluate
 from genret_jax.glen import GlenRanker, Learned
 from genret_jax.indexing import build_index
-from genret_jax.modeling.glen import GlenModel, GlenWeights
+from genret_jax.modeling.glen import GlenModel, GlenWeights, KeywordModel
 from genret_jax.modeling.model import Params
+from genret_jax.negatives import Search
 from genret_jax.recipe import Recipe
 from genret_jax.splitting import Split
 from genret_jax.stages.common import DEV_BEAM, Materials
-from genret_jax.stages.first import train_docids
+from genret_jax.stages.first import starting
 from genret_jax.stages.second import Miner
 from genret_jax.training.budget import Clock
 from genret_jax.training.trainer import Evaluate, Numbered, TrainResult, train
@@ -134,7 +136,7 @@ def train_glen(
     whole = clock.seconds
     if whole:
         clock.seconds = whole * (1 - recipe.contrastive.share)
-    first = train_docids(materials, run / "training", clock)
+    first = _first_phase(materials, model, run / "training", clock)
     clock.seconds = whole
     if whole and clock.elapsed > whole - clock.reserve:
         raise UserError(
@@ -159,6 +161,62 @@ def _steps(materials: Materials) -> int:
     return int(table.tokens.shape[1])
 
 
+def _first_phase(materials: Materials, model: GlenModel, folder: Path, clock: Clock) -> TrainResult:
+    """Trains with cross-entropy of the docids that were made, or goes on doing so."""
+    config, split = materials.recipe.train, materials.split
+    search = _search_for(materials, model, _keywords(materials))
+    names, ids = list(split.dev_queries), materials.document_ids
+
+    def dev(params: Params) -> dict[str, float]:
+        scores = Run()
+        found = search(params)(list(split.dev_queries.values()), DEV_BEAM)
+        for name, positions in zip(names, found, strict=True):
+            scores[name] = {ids[p]: -float(rank) for rank, p in enumerate(positions.tolist())}
+        return evaluate(scores, split.dev_qrels, materials.metrics)
+
+    return train(
+        KeywordModel(model),
+        materials.batches(materials.pools, batch_size=config.batch_size),
+        config=config,
+        folder=folder,
+        evaluate=dev if names else None,
+        clock=clock,
+        start=starting(materials),
+        measuring=materials.measuring,
+    )
+
+
+def _keywords(materials: Materials) -> Learned:
+    """The docids that were made, as identifiers; those of one docid have nothing to tell them."""
+    index, rows = materials.index, materials.examples.document_rows
+    tokens = np.asarray(index.table.tokens)[rows]
+    return Learned.of(tokens, np.zeros(tokens.shape, np.float32), index.table.labels)
+
+
+def _search_for(
+    materials: Materials, model: GlenModel, identifiers: Learned
+) -> Callable[[Params], Search]:
+    """Parameters -> (queries, k) -> positions of the best k documents, by these identifiers."""
+    ranker = GlenRanker(
+        model,
+        materials.index.vocabulary,
+        materials.input_length,
+        descending(materials.document_ids),
+    )
+
+    def by(params: Params) -> Search:
+        on_device = jax.device_put(params)
+
+        def search(queries: list[str], k: int) -> list[np.ndarray]:
+            beam = max(k, materials.recipe.contrastive.mining_beam)
+            found = ranker.rank(on_device, identifiers, queries, k=k, beam=beam)
+            return [positions for positions, _ in found]
+
+        return search
+
+    return by
+
+
 def _second_phase(
     materials: Materials,
     model: GlenModel,
@@ -168,7 +226,8 @@ def _second_phase(
     settings: GlenSettings,
 ) -> Glen:
     recipe, config = materials.recipe, materials.recipe.contrastive
-    miner = Miner(materials, folder / "negatives", clock)
+    search = _search_for(materials, model, _keywords(materials))
+    miner = Miner(materials, folder / "negatives", clock, by_model=search)
     docids = materials.index.vocabulary.docids
     side = DocumentSide.of(materials.examples, miner.positives, docids, config)
     # Documents of one docid are to be told apart from now on.

@@ -29,15 +29,16 @@ from genret_jax.recipe import Recipe
 from genret_jax.splitting import Split
 from genret_jax.stages.common import Materials
 from genret_jax.training.budget import Clock
-from genret_jax.training.lexical_start import lexical_writer
 from genret_jax.training.pretrained_start import pretrained_start
 from genret_jax.training.trainer import Evaluate, TrainResult, train
+from genret_jax.training.writer_start import lexical_writer
 from genret_jax.vocabularies import DocidSpace
 
 log = logging.getLogger(__name__)
 _TASKS = "genret_ngram"
 _MOST_EXAMPLES = 400_000  # of a task, read before training begins: two minutes of a CPU
 _DEV_DEPTH = 100
+_START_EXAMPLES = 100_000  # that the start is counted from
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,13 +202,27 @@ class NgramTraining:
                 table=materials.index.table,
                 seed=config.seed,
             )
+        drawn = self._drawn(_START_EXAMPLES)
         return functools.partial(
             lexical_writer,
             examples=materials.examples,
             config=self.model.config,
             pieces=vocabulary.text_size,
+            inputs=drawn["encoder_input_tokens"],
+            targets=drawn["decoder_target_tokens"],
             seed=config.seed,
         )
+
+    def _drawn(self, count: int) -> dict[str, np.ndarray]:
+        """About so many training examples, by the rates of the mixture."""
+        rng = np.random.default_rng([self.materials.recipe.train.seed, 29])
+        total = sum(pool.rate for pool in self.pools)
+        parts = []
+        for pool in self.pools:
+            share = max(1, round(count * pool.rate / total))
+            chosen = rng.integers(len(pool), size=share)
+            parts.append({name: array[chosen] for name, array in pool.arrays.items()})
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def _dev_evaluation(self) -> Evaluate | None:
         """Dev metrics of the search; None without dev queries."""

@@ -37,8 +37,8 @@ from genret_jax.vocabularies import DocidSpace
 
 _SATURATION = 1.5  # BM25's k1
 _LENGTH = 0.4  # BM25's b
-_COMMON = 95  # percentile of the pieces' weights that counts as full weight
-_GAIN = 4.0  # by which matrices are larger and norms smaller
+COMMON = 95  # percentile of the pieces' weights that counts as full weight
+GAIN = 4.0  # by which matrices are larger and norms smaller
 _SHARPNESS = 1.5  # logits at the start are up to this times sqrt(embed)
 
 
@@ -68,37 +68,6 @@ def lexical_start(
     return _matching(params, config, pieces, columns, docids.start, seed)
 
 
-def lexical_writer(
-    params: Params,
-    examples: TrainingExamples,
-    config: T5Config,
-    pieces: int,
-    *,
-    seed: int = 0,
-) -> Params:
-    """The same where the decoder writes text pieces: one is likely where its documents are.
-
-    The column of a piece is the mean direction of the documents that hold it, so the first piece
-    is scored by the query, and each further one by the query and the piece before it.
-
-    Args:
-      params, examples, config, seed: as in `lexical_start`.
-      pieces: text pieces in the vocabulary. Rows behind them begin alike and tell nothing yet.
-
-    Returns:
-      A tree of the same shapes.
-    """
-    vectors, documents = semantic_vectors(examples, pieces, rank=_rank(config), seed=seed)
-    held = _counts(examples, pieces).tocsr()
-    held.data[:] = 1.0
-    columns = _directions(np.asarray(held.T @ documents))
-    params = _matching(params, config, vectors, columns[2:], 2, seed)
-    embedding = params["token_embedder"]["embedding"]
-    embedding[pieces:] = 0.0
-    embedding[pieces:, -1] = config.embed_dim**0.5
-    return params
-
-
 def _rank(config: T5Config) -> int:
     """Dimensions that the embedding and the heads of cross-attention have room for."""
     return min(config.embed_dim - 1, config.num_heads * config.head_dim)
@@ -124,13 +93,13 @@ def _matching(
     """
     rank = pieces.shape[1]
     params = jax.tree.map(np.array, params)
-    _silence(params)
+    silence(params)
     _set_embeddings(params["token_embedder"]["embedding"], pieces)
-    layer = _last_layer(params["decoder"], config)
-    _set_attention(layer["encoder_decoder_attention"], rank, seed)
+    layer = last_layer(params["decoder"], config)
+    set_attention(layer["encoder_decoder_attention"], rank, seed)
     for side in ("encoder", "decoder"):
-        params[side][f"{side}_norm"]["scale"] /= _GAIN
-    columns = columns * _SHARPNESS * _GAIN
+        params[side][f"{side}_norm"]["scale"] /= GAIN
+    columns = columns * _SHARPNESS * GAIN
     block = slice(start, start + len(columns))
     if config.tied_embeddings:
         # The network multiplies by embed^-1/2 where input and output share the embedding.
@@ -169,7 +138,7 @@ def lexical_encoder(
     """
     vectors, _ = semantic_vectors(examples, pieces, rank=config.embed_dim - 1, seed=seed)
     params = jax.tree.map(np.array, params)
-    _silence(params)
+    silence(params)
     _set_embeddings(params["token_embedder"]["embedding"], vectors)
     params["encoder"]["encoder_norm"]["scale"][-1] = 0.0
     return params
@@ -190,7 +159,7 @@ def semantic_vectors(
       float32[pieces, rank], a query being the sum of its pieces' vectors, and float32[documents,
       rank] of length one (zero for a document without text).
     """
-    counts = _counts(examples, pieces)
+    counts = counts_of(examples, pieces)
     documents = counts.shape[0]
     frequency = np.bincount(counts.col, minlength=pieces)
     idf = np.log1p((documents - frequency + 0.5) / (frequency + 0.5))
@@ -218,7 +187,7 @@ def semantic_vectors(
     )
 
 
-def _counts(examples: TrainingExamples, pieces: int) -> scipy.sparse.coo_matrix:
+def counts_of(examples: TrainingExamples, pieces: int) -> scipy.sparse.coo_matrix:
     """How often each document and its train queries hold each piece: [documents, pieces]."""
     documents = len(examples.document_rows)
 
@@ -238,14 +207,14 @@ def _counts(examples: TrainingExamples, pieces: int) -> scipy.sparse.coo_matrix:
     return counts
 
 
-def _last_layer(decoder: Params, config: T5Config) -> Params:
+def last_layer(decoder: Params, config: T5Config) -> Params:
     """Arrays of the last decoder layer; writing to them writes to the decoder's."""
     if config.scan_layers:
         return jax.tree.map(lambda x: x[-1], decoder["layers"])
     return decoder[f"layers_{config.num_decoder_layers - 1}"]
 
 
-def _silence(params: Params) -> None:
+def silence(params: Params) -> None:
     """Output matrices of attention and MLP become zero: each layer is the identity."""
 
     def visit(node: Any) -> None:
@@ -263,7 +232,7 @@ def _set_embeddings(embedding: np.ndarray, pieces: np.ndarray) -> None:
     embed, rank = embedding.shape[1], pieces.shape[1]
     lengths = np.linalg.norm(pieces, axis=1)
     seen = lengths[lengths > 1e-9]  # a given vocabulary has pieces that no text here holds
-    full = float(np.percentile(seen, _COMMON)) if len(seen) else 1.0
+    full = float(np.percentile(seen, COMMON)) if len(seen) else 1.0
     shorter = np.minimum(lengths / full, 1.0) / np.where(lengths > 1e-9, lengths, 1.0)
     vectors = pieces * shorter[:, None]
     rest = np.sqrt(np.maximum(1.0 - np.square(vectors).sum(1), 0.0))
@@ -275,15 +244,15 @@ def _set_embeddings(embedding: np.ndarray, pieces: np.ndarray) -> None:
     rows[0] = 0.0  # padding, which is what the decoder begins with
 
 
-def _set_attention(attention: Any, rank: int, seed: int) -> None:
+def set_attention(attention: Any, rank: int, seed: int) -> None:
     """Cross-attention that averages over its input and passes the first `rank` dimensions on."""
     joined = attention["value"]["kernel"].shape[1]
     rng = np.random.default_rng([seed, 17])
     rotation = np.linalg.qr(rng.normal(size=(joined, rank)))[0].T.astype(np.float32)
     attention["query"]["kernel"][:] = 0.0
     attention["value"]["kernel"][:] = 0.0
-    attention["value"]["kernel"][:rank] = rotation * _GAIN
-    attention["out"]["kernel"][:, :rank] = rotation.T * _GAIN
+    attention["value"]["kernel"][:rank] = rotation * GAIN
+    attention["out"]["kernel"][:, :rank] = rotation.T * GAIN
 
 
 def _docid_columns(
@@ -294,10 +263,10 @@ def _docid_columns(
     columns = np.zeros((docids.size, documents.shape[1]), np.float32)
     for tokens in rows.T:
         np.add.at(columns, tokens, documents)
-    return _directions(columns[2:])
+    return directions(columns[2:])
 
 
-def _directions(rows: np.ndarray) -> np.ndarray:
+def directions(rows: np.ndarray) -> np.ndarray:
     """Rows of length one; zero ones stay so."""
     lengths = np.linalg.norm(rows, axis=1, keepdims=True)
     return rows / np.where(lengths > 1e-6, lengths, 1.0)
