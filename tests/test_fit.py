@@ -20,14 +20,9 @@ from genret_jax.indexing import Index
 from genret_jax.recipe import DataConfig, load_recipe, methods
 from genret_jax.splitting import split_corpus
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 OPTIONS = [part for binding in FAST for part in ("--gin", binding)]
-
-
-@pytest.fixture(scope="module")
-def collection(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data") / "tiny"
-    write_corpus(tiny_corpus(), folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
