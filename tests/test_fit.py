@@ -200,7 +200,7 @@ def test_a_time_budget_ends_the_run(collection, tmp_path, capsys):
         for x in pair
     ]
     assert (
-        main(["fit", str(collection), "--out", str(out), "--minutes", "0.5", *fast, "--json"]) == 0
+        main(["fit", str(collection), "--out", str(out), "--minutes", "0.2", *fast, "--json"]) == 0
     )
     about = _json(capsys)
     assert 0 < about["training"]["seconds"] < 300 and about["training"]["steps"] > 1
