@@ -4,8 +4,10 @@
     python benchmarks/train_step.py --sizes 256 --steps 20 --json
 
 T5X's own network scores its whole vocabulary at every position, as it stands; ours the docids.
-Peers take turns in one process, so that what slows the machine slows all of them; T5X's rows are
-left out where it is not installed. A ratio is a peer's median step over the native runner's.
+Peers take turns in one process, so that what slows the machine slows all of them, and in a new
+order every round, so that none is always behind the one that leaves caches and memory in disorder;
+T5X's rows are left out where it is not installed. A ratio is a peer's median step over the native
+runner's.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -169,10 +172,12 @@ def measure(size: int, steps: int) -> list[dict[str, Any]]:
         makers |= {"t5x, our model": t5x_ours, "t5x, its own model": t5x_own}
     peers = {name: make(size, batch) for name, make in makers.items()}
     times: dict[str, list[float]] = {name: [] for name in peers}
+    turns, rng = list(peers), random.Random(0)
     for round_ in range(steps + 2):
-        for name, step in peers.items():
+        rng.shuffle(turns)
+        for name in turns:
             begin = time.perf_counter()
-            step()
+            peers[name]()
             if round_ >= 2:
                 times[name].append(time.perf_counter() - begin)
     medians = {name: statistics.median(values) for name, values in times.items()}

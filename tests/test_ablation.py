@@ -26,6 +26,8 @@ from genret_jax.recipe import load_recipe
 from genret_jax.significance import holm
 from genret_jax.training.interruption import Interrupted
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 BINDINGS = [
     *FAST,
     "DocidConfig.kind = 'keywords'",

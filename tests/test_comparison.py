@@ -38,6 +38,8 @@ from genret_jax.searchers import FittedSearcher, fit_method, open_searcher
 from genret_jax.significance import against
 from genret_jax.training.interruption import Interrupted
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 BINDINGS = [
     *FAST,
     "TrainConfig.start = 'random'",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import signal
@@ -14,10 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import FAST, tiny_corpus
 
-from genret_jax import cli
 from genret_jax.baselines.protocol import Searcher
 from genret_jax.cli import main
-from genret_jax.corpus import write_corpus
 from genret_jax.data.contrastive import ContrastiveBatches
 from genret_jax.dense import ExactSearch
 from genret_jax.errors import UserError
@@ -31,36 +28,15 @@ from genret_jax.retriever import Retriever
 from genret_jax.searchers import fit_method, open_searcher
 from genret_jax.splitting import split_corpus
 from genret_jax.stages.dense import dense_materials
-from genret_jax.training import partitioning
 from genret_jax.training.interruption import Interrupted
 from genret_jax.training.lexical_start import lexical_encoder, semantic_vectors
 from genret_jax.vectors import DocumentVectors
 from genret_jax.vocabularies import DocidSpace
 
+pytestmark = pytest.mark.usefixtures("one_device", "quiet")
+
 BINDINGS = (*FAST, "ContrastiveConfig.learning_rate = 1e-2", "ContrastiveConfig.refresh_every = 6")
 QUERY = "bread from an oven"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_device():
-    """Programs for one device are soon compiled; tests/test_training.py has those for several."""
-    with pytest.MonkeyPatch.context() as patch:
-        one = functools.partial(partitioning.make_mesh, devices=jax.devices()[:1])
-        patch.setattr(partitioning, "make_mesh", one)
-        yield
-
-
-@pytest.fixture(autouse=True)
-def quiet(monkeypatch):
-    """The command line would leave a log handler for the stderr of one test to the next."""
-    monkeypatch.setattr(cli, "_quiet", lambda: None)
-
-
-@pytest.fixture(scope="module")
-def collection(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data") / "tiny"
-    write_corpus(tiny_corpus(), folder)
-    return folder
 
 
 def _recipe(*more):

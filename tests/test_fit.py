@@ -20,14 +20,9 @@ from genret_jax.indexing import Index
 from genret_jax.recipe import DataConfig, load_recipe, methods
 from genret_jax.splitting import split_corpus
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 OPTIONS = [part for binding in FAST for part in ("--gin", binding)]
-
-
-@pytest.fixture(scope="module")
-def collection(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data") / "tiny"
-    write_corpus(tiny_corpus(), folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -205,7 +200,7 @@ def test_a_time_budget_ends_the_run(collection, tmp_path, capsys):
         for x in pair
     ]
     assert (
-        main(["fit", str(collection), "--out", str(out), "--minutes", "0.5", *fast, "--json"]) == 0
+        main(["fit", str(collection), "--out", str(out), "--minutes", "0.2", *fast, "--json"]) == 0
     )
     about = _json(capsys)
     assert 0 < about["training"]["seconds"] < 300 and about["training"]["steps"] > 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 from types import SimpleNamespace
 
@@ -30,9 +29,10 @@ from genret_jax.modeling.network import T5
 from genret_jax.recipe import load_recipe
 from genret_jax.searchers import fit_method
 from genret_jax.stages.glen import EpochBatches, Identifier, changed
-from genret_jax.training import partitioning
 from genret_jax.training.journal import read_records
 from genret_jax.vocabularies import DocidSpace
+
+pytestmark = pytest.mark.usefixtures("one_device")
 
 STEPS, TOKENS, DOCID_SIZE = 3, 20, 8
 LABELS = ("<pad>", "</s>", *"abcdef")
@@ -46,14 +46,6 @@ CONFIG = T5Config(
     num_decoder_layers=1,
     dropout_rate=0.0,
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_device():
-    with pytest.MonkeyPatch.context() as patch:
-        one = functools.partial(partitioning.make_mesh, devices=jax.devices()[:1])
-        patch.setattr(partitioning, "make_mesh", one)
-        yield
 
 
 @pytest.fixture(scope="module")

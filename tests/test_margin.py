@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 
 import jax
@@ -25,24 +24,16 @@ from genret_jax.modeling.model import RetrievalModel
 from genret_jax.negatives import Negatives
 from genret_jax.recipe import load_recipe
 from genret_jax.retriever import Retriever
-from genret_jax.training import partitioning
 from genret_jax.training.journal import read_records
 from genret_jax.vocabularies import DocidSpace
+
+pytestmark = pytest.mark.usefixtures("one_device")
 
 ROWS = st.lists(
     st.tuples(*[st.floats(-9, 0, width=32)] * 3, st.booleans(), st.booleans()),
     min_size=1,
     max_size=5,
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_device():
-    """Programs for one device are soon compiled; tests/test_training.py has those for several."""
-    with pytest.MonkeyPatch.context() as patch:
-        one = functools.partial(partitioning.make_mesh, devices=jax.devices()[:1])
-        patch.setattr(partitioning, "make_mesh", one)
-        yield
 
 
 # ---- the loss

@@ -14,11 +14,9 @@ import pytest
 from hypothesis import given
 from tiny import FAST, tiny_corpus
 
-from genret_jax import cli
 from genret_jax.baselines.protocol import Searcher
 from genret_jax.cli import main
 from genret_jax.comparison.methods import chosen_methods
-from genret_jax.corpus import write_corpus
 from genret_jax.data.ngrams import Drawing
 from genret_jax.errors import UserError
 from genret_jax.ngram.index import NgramIndex
@@ -33,29 +31,15 @@ from genret_jax.ngram.settings import NgramSettings
 from genret_jax.pseudo_queries import PseudoQuery, write_pseudo_queries
 from genret_jax.recipe import load_recipe
 from genret_jax.searchers import fit_method, open_searcher
-from genret_jax.training import partitioning
 from genret_jax.vocabularies import EOS, UNK
+
+pytestmark = pytest.mark.usefixtures("one_device", "quiet")
 
 VIEWS = ("text", "title", "queries")
 SETTINGS = {"views": VIEWS, "length": 4, "beam": 5, "unigrams": 4, "spans": 3, "smoothing": 0.5}
 QUERY = "bread from an oven"
 SCORE = functools.cache(lambda model: jax.jit(model.score))
 SIZE, LENGTH = 7, 3  # of the vocabulary and the n-grams of random streams
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_device():
-    """Programs for one device are soon compiled; tests/test_training.py has those for several."""
-    with pytest.MonkeyPatch.context() as patch:
-        one = functools.partial(partitioning.make_mesh, devices=jax.devices()[:1])
-        patch.setattr(partitioning, "make_mesh", one)
-        yield
-
-
-@pytest.fixture(autouse=True)
-def quiet(monkeypatch):
-    """The command line would leave a log handler for the stderr of one test to the next."""
-    monkeypatch.setattr(cli, "_quiet", lambda: None)
 
 
 # ---- the index
@@ -241,13 +225,6 @@ def test_targets_are_windows_that_share_words_with_the_input():
 def _recipe(settings=None, *more):
     bindings = [*FAST, f"SearcherConfig.settings = {SETTINGS | (settings or {})!r}", *more]
     return load_recipe("ngram", bindings=bindings)
-
-
-@pytest.fixture(scope="module")
-def collection(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data") / "tiny"
-    write_corpus(tiny_corpus(), folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,6 @@ from tiny import FAST, tiny_corpus
 
 from genret_jax import Retriever, UserError
 from genret_jax.cli import main
-from genret_jax.corpus import write_corpus
 from genret_jax.docids.build import build_docids
 from genret_jax.docids.collisions import plain_label, text_of_label
 from genret_jax.modeling.layers import T5Config
@@ -25,6 +24,8 @@ from genret_jax.pretrained.checkpoint import open_checkpoint, write_checkpoint
 from genret_jax.recipe import load_recipe
 from genret_jax.training.pretrained_start import pretrained_start, token_pieces
 from genret_jax.vocabularies import DocidSpace, Vocabulary, train_text_model
+
+pytestmark = pytest.mark.usefixtures("one_device")
 
 # T5 1.1 and T5 1.0 in small. ROWS: more than there are pieces, as sentinels and padding are.
 ROWS = 300
@@ -86,13 +87,6 @@ def checkpoints(text_model, tmp_path_factory):
         (home / kind).mkdir()
         write_checkpoint(params, config, home / kind, text_model=text_model)
     return {kind: home / kind for kind in KINDS}
-
-
-@pytest.fixture(scope="module")
-def collection(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data") / "tiny"
-    write_corpus(tiny_corpus(), folder)
-    return folder
 
 
 # --- the recipe --------------------------------------------------------------------------------

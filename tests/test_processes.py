@@ -13,10 +13,9 @@ import sys
 import jax
 import numpy as np
 import pytest
-from tiny import FAST, tiny_corpus
+from tiny import FAST
 
 from genret_jax import UserError
-from genret_jax.corpus import write_corpus
 from genret_jax.fit import fit
 from genret_jax.recipe import load_recipe
 from genret_jax.training import partitioning, processes
@@ -137,13 +136,6 @@ def _pair(command, arguments):
         for process in started:
             process.kill()
     return [process.returncode for process in started], printed
-
-
-@pytest.fixture(scope="module")
-def collection(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data") / "tiny"
-    write_corpus(tiny_corpus(), folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

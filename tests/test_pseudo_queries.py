@@ -32,6 +32,8 @@ from genret_jax.pseudo_queries.run import generate
 from genret_jax.recipe import GenerationConfig, load_generator_recipe
 from genret_jax.vocabularies import EOS, UNK, Vocabulary, train_text_model
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 CONFIG = T5Config(
     vocab_size=128,
     embed_dim=16,

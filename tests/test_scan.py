@@ -405,7 +405,11 @@ def test_eight_devices_train_a_stack_as_one_device_trains_layers():
     batches, losses, states = Numbered(), [], []
     for config, params, mesh in (
         (CONFIG, params_of(), partitioning.make_mesh(devices=jax.devices()[:1])),
-        (SCANNED, stack_layers(params_of()), partitioning.make_mesh(model_parallel=4)),
+        (
+            SCANNED,
+            stack_layers(params_of()),
+            partitioning.make_mesh(model_parallel=4, devices=jax.devices()),
+        ),
     ):
         train = TrainConfig(batch_size=16, optimizer="adafactor")
         stepper = Stepper(model_of(config), train, mesh)
@@ -422,7 +426,7 @@ def test_eight_devices_train_a_stack_as_one_device_trains_layers():
 
 
 @pytest.fixture(scope="module")
-def retriever(tmp_path_factory):
+def retriever(one_device, tmp_path_factory):
     """Both stages of the default method, two layers a side, stacked."""
     bindings = [
         *FAST,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import os
 import shutil
@@ -14,9 +13,8 @@ import numpy as np
 import pytest
 from tiny import FAST, tiny_corpus
 
-from genret_jax import Retriever, UserError, cli
+from genret_jax import Retriever, UserError
 from genret_jax.cli import main
-from genret_jax.corpus import write_corpus
 from genret_jax.data.contrastive import ContrastiveBatches
 from genret_jax.fit import fit
 from genret_jax.indexing import Index, build_index
@@ -25,12 +23,13 @@ from genret_jax.recipe import load_recipe
 from genret_jax.splitting import split_corpus
 from genret_jax.stages.common import Materials
 from genret_jax.stages.second import train_ranking
-from genret_jax.training import partitioning
 from genret_jax.training.budget import Clock
 from genret_jax.training.interruption import Interrupted
 from genret_jax.training.journal import read_records
 from genret_jax.vectors import DocumentVectors
 from genret_jax.weights import load_weights, save_weights
+
+pytestmark = pytest.mark.usefixtures("one_device", "quiet")
 
 # Rates at which so few steps change something. Docids of two tokens, so that some share a prefix.
 BINDINGS = (
@@ -41,28 +40,6 @@ BINDINGS = (
     "DocidConfig.settings = {'codebooks': 2, 'codes': 4}",
 )
 QUERY = "bread from an oven"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_device():
-    """Programs for one device are soon compiled; tests/test_training.py has those for several."""
-    with pytest.MonkeyPatch.context() as patch:
-        one = functools.partial(partitioning.make_mesh, devices=jax.devices()[:1])
-        patch.setattr(partitioning, "make_mesh", one)
-        yield
-
-
-@pytest.fixture(autouse=True)
-def quiet(monkeypatch):
-    """The command line would leave a log handler for the stderr of one test to the next."""
-    monkeypatch.setattr(cli, "_quiet", lambda: None)
-
-
-@pytest.fixture(scope="module")
-def collection(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data") / "tiny"
-    write_corpus(tiny_corpus(), folder)
-    return folder
 
 
 def _recipe(*more, method="dogr"):

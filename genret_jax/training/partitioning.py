@@ -105,8 +105,7 @@ def optimizer_shardings(mesh: Mesh, optimizer: Any, params: Any, shardings: Any)
 
 def global_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     """This process's rows -> arrays of the global batch."""
-    sharding = batch_sharding(mesh)
-    return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+    return jax.make_array_from_process_local_data(batch_sharding(mesh), batch)
 
 
 def share_of_batch(mesh: Mesh, process: int | None = None) -> tuple[int, int]:

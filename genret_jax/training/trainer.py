@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import struct
@@ -230,12 +229,12 @@ class Stepper:
 
     def compile(self, state: TrainState, batches: Numbered) -> None:
         """Compiles the step for every shape of batch, so that no step is slow later."""
-        shardings = jax.tree.map(lambda x: x.sharding, state)
-        step = jax.jit(self._step, donate_argnums=0, out_shardings=(shardings, None))
+        self._shardings = jax.tree.map(lambda x: x.sharding, state)
+        step = jax.jit(self._step, donate_argnums=0, out_shardings=(self._shardings, None))
         for batch in tqdm(batches.shapes(), desc="compiling", disable=None, leave=False):
             arrays = partitioning.global_batch(self.mesh, batch)
             key = arrays["encoder_input_tokens"].shape
-            self._compiled[key] = step.lower(state, arrays, jnp.float32(0)).compile()
+            self._compiled[key] = step.lower(state, arrays, np.float32(0)).compile()
             if self._count_flops:
                 whole = global_shapes(batch, self._config.batch_size)
                 self._flops[key] = training_flops(self._model.loss_fn, state.params, whole)
@@ -246,7 +245,7 @@ class Stepper:
         arrays = partitioning.global_batch(self.mesh, batch)
         key = arrays["encoder_input_tokens"].shape
         self.flops += self._flops.get(key, 0.0)
-        return self._compiled[key](state, arrays, jnp.float32(rate))
+        return self._compiled[key](state, arrays, np.float32(rate))
 
     def _step(
         self, state: TrainState, batch: dict[str, jax.Array], rate: jax.Array
@@ -254,6 +253,9 @@ class Stepper:
         rng = jax.random.fold_in(jax.random.key(self._config.seed + 1), state.step)
         gradient = jax.value_and_grad(self._model.loss_fn, has_aux=True)
         (_, metrics), grads = gradient(state.params, batch, rng)
+        # They lie as the parameters do anyway. Saying so keeps XLA for CPUs from cutting every
+        # gradient into windows for its norm, which costs it some 2% of a step.
+        grads = jax.lax.with_sharding_constraint(grads, self._shardings.params)
         opt_state = set_learning_rate(state.opt_state, rate)
         updates, opt_state = self._optimizer.update(grads, opt_state, state.params)
         metrics["tokens"] = tokens_of(batch)
