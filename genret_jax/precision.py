@@ -18,7 +18,8 @@ from jaxtyping import Array, Float, Int8
 
 Params = Any
 PRECISIONS = ("float32", "bfloat16", "int8")
-_SMALLEST = 1 << 12  # position biases and norms are few numbers, and everything hangs on them
+# Position biases and norms are few numbers, and everything hangs on them.
+_MATRICES = ("kernel", "embedding")
 
 
 @struct.dataclass
@@ -44,7 +45,7 @@ def reduced(params: Params, precision: str) -> Params:
         raise ValueError(f"precision must be one of {PRECISIONS}, found {precision!r}")
 
     def one(path: Any, leaf: Array) -> Any:
-        if precision == "float32" or leaf.ndim < 2 or leaf.size < _SMALLEST:
+        if precision == "float32" or path[-1].key not in _MATRICES:
             return leaf
         if precision == "bfloat16":
             return leaf.astype(jnp.bfloat16)
