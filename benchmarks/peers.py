@@ -156,7 +156,8 @@ class Unconstrained:
     """T5X's kind of search with the same network: the best of beam x vocabulary, and no trie.
 
     It shares all that makes ours fast but for the trie: logits of the docid block, keys and values
-    of the query not copied for each beam, the first step with one hypothesis.
+    of the query not copied for each beam, those of hypotheses never moved, the first step with one
+    hypothesis.
     """
 
     def __init__(self, problem: Problem, beam: int, part: str, device: str = "cpu"):
@@ -186,16 +187,15 @@ class Unconstrained:
             total = (scores[..., None] + log_p).reshape(batch, -1)
             scores, chosen = jax.lax.top_k(total, beam)
             parent, token = chosen // log_p.shape[-1], chosen % log_p.shape[-1]
-            tokens, cache = jax.tree.map(
-                lambda leaf: jax.vmap(lambda rows, i: rows[i])(leaf, parent), (tokens, cache)
-            )
+            tokens = jnp.take_along_axis(tokens, parent[..., None], axis=1)
+            cache = cache.of_parents(parent)
             return tokens.at[:, :, position].set(token), scores, position + 1, cache
 
         state = (
             jnp.zeros((batch, 1, length), jnp.int32),
             jnp.zeros((batch, 1)),
             jnp.zeros((), jnp.int32),
-            empty_cache(model.config, batch, 1, length),
+            empty_cache(model.config, batch, 1, length, slots=beam),
         )
         state = jax.lax.while_loop(lambda s: s[2] < length, grow, grow(state))
         return state[:2]

@@ -77,20 +77,20 @@ def counts(problem: Problem, beam: int, position: int, slots: int) -> dict[str, 
         "weight_bytes": float(wide * weights),
         "docid_bytes": wide * docids + 4.0 * rows * problem.vocab,  # logits are float32
         "cross_bytes": float(wide * cross),
-        "cache_bytes": wide * 3.0 * past,  # read by attention; read and written for a parent
+        "cache_bytes": float(wide * past),
         "trie_bytes": problem.batch * slots * (2 + 4 + 4.0),  # token, logit, score
         "flops": 2.0 * rows * (weights + docids) + attention,
     }
 
 
 def step_seconds(problem: Problem, beam: int) -> float:
-    """Time of one step at POSITION: decoder, logits, and the cache following its parents."""
+    """Time of one step at POSITION: decoder, logits, and hypotheses that go on with others."""
     model = problem.model
     params = problem.device_params()
     cross = jax.jit(lambda p, q: model.network.apply({"params": p}, q, method=T5.start))(
         params, problem.queries(0)
     )
-    cache = empty_cache(model.config, problem.batch, beam, problem.length)
+    cache = empty_cache(model.config, problem.batch, beam, problem.length, slots=beam)
     tokens = jnp.ones((problem.batch, beam), jnp.int32)
     logits = jnp.zeros((problem.batch, beam, problem.vocab), jnp.float32)
 
@@ -101,8 +101,7 @@ def step_seconds(problem: Problem, beam: int) -> float:
                 {"params": params}, tokens, jnp.int32(POSITION), cache, cross, method=T5.step
             )
             parent = jnp.argsort(tokens, axis=1)
-            cache = jax.tree.map(lambda x: jax.vmap(lambda r, i: r[i])(x, parent), cache)
-            return tokens + 1, cache, model.docid_logits(params, states)
+            return tokens + 1, cache.of_parents(parent), model.docid_logits(params, states)
 
         return jax.lax.fori_loop(0, STEPS, step, carry)
 

@@ -154,7 +154,7 @@ def search(arguments: argparse.Namespace) -> None:
     from genret_jax.searchers import FittedSearcher, open_searcher
 
     retriever = open_searcher(arguments.run_folder)
-    options = _ranking_options(retriever, arguments)
+    retriever, options = _ranking_options(retriever, arguments)
     if arguments.only or arguments.without:
         if isinstance(retriever, FittedSearcher):
             raise UserError(
@@ -196,7 +196,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     from genret_jax.searchers import open_searcher
 
     retriever = open_searcher(arguments.run_folder)
-    options = _ranking_options(retriever, arguments)
+    retriever, options = _ranking_options(retriever, arguments)
     corpus = _corpus_of(retriever, arguments.corpus)
     if retriever.name in arguments.baseline:
         raise UserError(
@@ -218,21 +218,25 @@ def evaluate(arguments: argparse.Namespace) -> None:
         write_run(comparison.runs[retriever.name], arguments.run_file, tag=retriever.name)
 
 
-def _ranking_options(retriever: Opened, arguments: argparse.Namespace) -> dict[str, Any]:
-    """--beam, --scoring and --look-ahead for what has them."""
+def _ranking_options(
+    retriever: Opened, arguments: argparse.Namespace
+) -> tuple[Opened, dict[str, Any]]:
+    """--weights, and --beam, --scoring and --look-ahead, for what has them."""
     from genret_jax.retriever import DEFAULT_BEAM, Retriever
 
-    given = {name: getattr(arguments, name) for name in ("beam", "scoring", "look_ahead")}
+    names = ("weights", "beam", "scoring", "look_ahead")
+    given = {name: getattr(arguments, name) for name in names}
     given = {name: value for name, value in given.items() if value is not None}
     if isinstance(retriever, Retriever):
-        return {"beam": DEFAULT_BEAM, **given}
+        retriever = retriever.with_weights(given.pop("weights", "float32"))
+        return retriever, {"beam": DEFAULT_BEAM, **given}
     if given:
         option = next(iter(given)).replace("_", "-")
         raise UserError(
             f"--{option} is for methods that generate docids; {arguments.run_folder} is of method "
             f"{retriever.name}: leave it out"
         )
-    return {}
+    return retriever, {}
 
 
 def _add_metrics(path: Path, split: str, values: dict[str, float]) -> None:

@@ -83,6 +83,9 @@ def add_ranking_options(command: argparse.ArgumentParser) -> None:
         metavar="W",
         help="steer the beam by W nats a unit of similarity, too (default 0; needs vectors)",
     )
+    command.add_argument(
+        "--weights", help="float32, bfloat16 or int8, on the device (default float32)"
+    )
 
 
 def add_recipe_options(command: argparse.ArgumentParser) -> None:

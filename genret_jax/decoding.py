@@ -38,7 +38,8 @@ class StepFn(Protocol):
     Args:
       tokens: int32[batch, beam], the token written last (0 before the first).
       position: int32 scalar, 0 for the first step.
-      cache: pytree; every leaf begins with [batch, beam].
+      cache: pytree; every leaf begins with [batch, beam]. One with a method `of_parents(parent)`,
+        int32[batch, beam], is asked instead for that of hypotheses which grew from those.
 
     Returns:
       float[batch, beam, vocab] logits over local docid ids (-inf for ids never written), and the
@@ -210,7 +211,7 @@ def constrained_beam_search(
             which, ways, beams.front, logits.astype(jnp.float32), beams.position
         )
         kept = beams.trail and beams.trail.after(front, beams.position)
-        return _Beams(front, beams.position + 1, _of_parents(cache, parent), kept)
+        return _Beams(front, beams.position + 1, _cache_of_parents(cache, parent), kept)
 
     kept = Trail.empty(batch, trie.max_length, beam) if trail else None
     beams = _Beams(_root(batch, trie), jnp.zeros((), jnp.int32), cache, kept)
@@ -246,6 +247,11 @@ def _root(batch: int, trie: DeviceTrie) -> _Front:
 def _of_parents(x: Any, parent: Array) -> Any:
     """What each new hypothesis has from the one that it grew from: [batch, beam, ...] leaves."""
     return jax.tree.map(lambda leaf: jax.vmap(lambda rows, i: rows[i])(leaf, parent), x)
+
+
+def _cache_of_parents(cache: Any, parent: Array) -> Any:
+    own_way = getattr(cache, "of_parents", None)
+    return own_way(parent) if own_way else _of_parents(cache, parent)
 
 
 def _remaining(beams: _Beams, trie: DeviceTrie) -> Array:

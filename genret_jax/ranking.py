@@ -18,6 +18,7 @@ from genret_jax.device_trie import DeviceTrie
 from genret_jax.docids.features import unit_length
 from genret_jax.look_ahead import best_under_states
 from genret_jax.modeling.model import Params, RetrievalModel
+from genret_jax.precision import restored
 from genret_jax.scoring import Candidates, Fusion
 from genret_jax.trie import Trie
 from genret_jax.vocabularies import Vocabulary
@@ -104,11 +105,14 @@ class Ranker:
 
     @functools.cached_property
     def _search(self) -> Any:
-        return jax.jit(self.model.search_and_embed, static_argnames=("beam", "normaliser"))
+        def search(params: Params, *arguments: Any, **options: Any) -> Any:
+            return self.model.search_and_embed(restored(params), *arguments, **options)
+
+        return jax.jit(search, static_argnames=("beam", "normaliser"))
 
     @functools.cached_property
     def _embed(self) -> Any:
-        return jax.jit(self.model.vectors)
+        return jax.jit(lambda params, tokens: self.model.vectors(restored(params), tokens))
 
     def rank(
         self,

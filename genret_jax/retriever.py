@@ -31,6 +31,7 @@ from genret_jax.files import replace_on_success
 from genret_jax.indexing import FORMAT, Index, read_json
 from genret_jax.modeling.layers import T5Config
 from genret_jax.modeling.model import VECTORS, Params, RetrievalModel
+from genret_jax.precision import PRECISIONS, reduced
 from genret_jax.ranking import LookAhead, Ranked, Ranker
 from genret_jax.scoring import SCORINGS, Fusion
 from genret_jax.vectors import DocumentVectors
@@ -72,6 +73,7 @@ class Retriever:
       index: vocabulary, docids, trie, documents.
       params: weights, on the device.
       vectors: of the documents, memory-mapped; None for a retriever without a second stage.
+      precision: of the weights; see `with_weights`.
       about: what retriever.json says.
       folder: where it was loaded from or saved to.
 
@@ -85,6 +87,7 @@ class Retriever:
     about: dict[str, Any]
     folder: Path
     vectors: DocumentVectors | None = None
+    precision: str = "float32"
 
     @property
     def name(self) -> str:
@@ -131,8 +134,11 @@ class Retriever:
     @functools.cached_property
     def ranker(self) -> Ranker:
         stage = self.about.get("second_stage", {})
+        network = dict(self.about["network"])
+        if self.precision == "bfloat16":
+            network["dtype"] = "bfloat16"
         model = RetrievalModel(
-            T5Config(**self.about["network"]),
+            T5Config(**network),
             self.index.vocabulary.docids,
             vector=stage.get("vector", VECTORS[0]),
         )
@@ -146,6 +152,25 @@ class Retriever:
             fusion=Fusion(**self.about.get("fusion", {})),
             unseen=self.vectors.unseen if self.vectors else None,
         )
+
+    def with_weights(self, precision: str) -> Retriever:
+        """The same retriever with weights of fewer bytes on the device, for searching.
+
+        Args:
+          precision: "float32"; "bfloat16", half the bytes, and activations of that type, too; or
+            "int8", about a quarter. Scores move a little: measure with `genret evaluate --weights`.
+
+        Raises:
+          UserError: for another precision, or a retriever that was reduced before.
+        """
+        if precision not in PRECISIONS:
+            raise UserError(
+                f"weights {precision!r} are not known; choose one of {', '.join(PRECISIONS)}"
+            )
+        if self.precision != "float32" and precision != self.precision:
+            raise UserError(f"the weights are {self.precision} already; load the retriever again")
+        params = reduced(self.params, precision)
+        return dataclasses.replace(self, params=params, precision=precision)
 
     @overload
     def search(  # type: ignore[overload-overlap]
@@ -302,7 +327,13 @@ class Retriever:
         )
 
     def save(self, folder: str | Path) -> None:
-        """Writes the whole retriever to a folder, beside it first and then renamed."""
+        """Writes the whole retriever to a folder, beside it first and then renamed.
+
+        Raises:
+          UserError: when its weights are not those of float32 that it was loaded with.
+        """
+        if self.precision != "float32":
+            raise UserError(f"weights of {self.precision} are for searching; save the loaded ones")
         write_retriever(
             self.params,
             self.about,

@@ -18,7 +18,7 @@ ROOMS = """
     errors files lines records trec corpus documents
     baselines evaluation significance hybrid
     docids device_trie sharded_trie trie live_trie look_ahead vocabularies decoding
-    modeling pretrained scoring judged fusion_fit ranking vectors
+    precision modeling pretrained scoring judged fusion_fit ranking vectors
     recipe_checks recipe splitting indexing negatives data training
     weights retriever export pseudo_queries dense ngram glen stages t5x fit searchers
     harness comparison ablation quickstart

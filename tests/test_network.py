@@ -310,6 +310,37 @@ def test_step_by_step_with_beams_against_loops(expected):
     assert written[:, :, :DOCID].all() and not written[:, :, DOCID:].any()
 
 
+def test_an_ancestry_reads_what_copies_would_hold():
+    """Hypotheses part and end at random; both caches against each hypothesis decoded by itself."""
+    encoder, decoder = inputs()
+    cross = apply(params_of(), encoder, method=T5.start)
+    rng, tokens = np.random.default_rng(2), np.unique(decoder[decoder > 0])
+    caches = [empty_cache(CONFIG, BATCH, 1, 6, slots=slots) for slots in (None, BEAM)]
+    written = np.zeros((BATCH, 1, 0), np.int32)
+    for position in range(4):
+        new = rng.choice(tokens, written.shape[:2]).astype(np.int32)
+        written = np.concatenate([written, new[..., None]], axis=-1)
+        found = [
+            apply(params_of(), new, jnp.int32(position), cache, cross, method=T5.step)
+            for cache in caches
+        ]
+        np.testing.assert_allclose(found[0][0], found[1][0], atol=2e-5)
+        parent = rng.integers(0, written.shape[1], (BATCH, BEAM))
+        caches = [cache.of_parents(parent) for _, cache in found]
+        written = np.take_along_axis(written, parent[..., None], axis=1)
+    assert (caches[1].ancestry[:, :, :4] != np.arange(BEAM)[:, None]).any()
+    rest = rng.choice(tokens, (BATCH, BEAM, 2)).astype(np.int32)
+    whole = np.concatenate([written, rest], axis=-1)
+    tails = [
+        np.asarray(apply(params_of(), rest, jnp.int32(4), cache, cross, method=T5.tail))
+        for cache in caches
+    ]
+    for beam in range(BEAM):
+        alone = apply(params_of(), encoder, whole[:, beam])
+        for tail in tails:
+            np.testing.assert_allclose(tail[:, beam], alone[:, 4:], atol=2e-5)
+
+
 def test_what_a_cache_holds_beyond_its_position_is_not_read(expected):
     encoder, decoder = inputs()
     cross = apply(params_of(), encoder, method=T5.start)

@@ -312,6 +312,28 @@ def test_a_beam_of_one_with_much_look_ahead_finds_the_nearest_document(retriever
         assert "look-ahead must be a number from 0 on" in capsys.readouterr().err
 
 
+# --- weights of fewer bytes -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("precision", "near"), [("bfloat16", 0.3), ("int8", 0.1)])
+def test_smaller_weights_search_within_their_rounding(precision, near, retriever, tmp_path, capsys):
+    small = retriever.with_weights(precision)
+    exact = {h.document: h for h in retriever.search(QUERY, k=8)}
+    hits = small.search(QUERY, k=8)
+    moved = [abs(h.generation - exact[h.document].generation) for h in hits]
+    assert len(hits) == 8 and 0 < max(moved) < near
+    with pytest.raises(UserError, match=f"weights of {precision} are for searching"):
+        small.save(tmp_path / "small")
+    with pytest.raises(UserError, match=f"are {precision} already"):
+        small.with_weights("float32")
+    command = ["search", str(retriever.folder), QUERY, "-k", "8", "--json", "--weights"]
+    assert main([*command, precision]) == 0
+    found = json.loads(capsys.readouterr().out)["hits"]
+    assert [h["document"] for h in found] == [h.document for h in hits]
+    assert main([*command, "int4"]) == 2
+    assert "choose one of float32, bfloat16, int8" in capsys.readouterr().err
+
+
 # --- retrievers without vectors, and with smaller ones -------------------------------------------
 
 

@@ -82,14 +82,32 @@ KeysValues = tuple[Array, Array]
 class DecodingCache:
     """What the decoder remembers between steps.
 
+    In a beam search hypotheses part and end. Without an ancestry, keys and values are copied to
+    whoever goes on with them, all of them at every step. With one they stay in the slot in which
+    they were written, and a step reads those of a hypothesis where its ancestry says.
+
     Attributes:
-      self_kv: per layer (keys, values), each [batch, beam, max_length, heads, kv]; of stacked
-        layers one pair, each [batch, beam, layers, max_length, heads, kv].
+      self_kv: per layer (keys, values), each [batch, slots, max_length, heads, kv]; of stacked
+        layers one pair, each [batch, slots, layers, max_length, heads, kv]. Without an ancestry the
+        slots are the beam.
       prefix: [batch, beam, rank], of the adaptor; None without one.
+      ancestry: int32[batch, beam, max_length], slot of each hypothesis at each place.
     """
 
     self_kv: tuple[KeysValues, ...] | KeysValues
     prefix: Array | None = None
+    ancestry: Array | None = None
+
+    def of_parents(self, parent: Array) -> DecodingCache:
+        """The cache of hypotheses that go on with those of int32[batch, beam] numbers."""
+
+        def chosen(leaf: Array) -> Array:
+            return jax.vmap(lambda rows, i: rows[i])(leaf, parent)
+
+        if self.ancestry is None:
+            return jax.tree.map(chosen, self)
+        prefix = None if self.prefix is None else chosen(self.prefix)
+        return dataclasses.replace(self, prefix=prefix, ancestry=chosen(self.ancestry))
 
     @property
     def max_length(self) -> int:
@@ -327,11 +345,13 @@ class DecoderLayer(nn.Module):
         cross_kv: KeysValues,
         cross_bias: Array,
         number: Array | None = None,
+        ancestry: Array | None = None,
     ) -> tuple[Array, KeysValues]:
         """One token for each beam: x [batch, beam, embed] -> (x, updated self_kv).
 
         The beams are the "queries" of one cross-attention over the shared keys and values. With a
-        `number` of the layer, self_kv is the cache of all stacked layers.
+        `number` of the layer, self_kv is the cache of all stacked layers; ancestry: see
+        `DecodingCache`, this step's slots included.
         """
         batch, beam, embed = x.shape
         y = self.pre_self_attention_layer_norm(x)
@@ -340,6 +360,7 @@ class DecoderLayer(nn.Module):
             functools.partial(_remember, position=position, number=number), self_kv, new
         )
         own = self_kv if number is None else of_layer(self_kv, number)
+        own = of_ancestry(own, ancestry)
         flat_kv = jax.tree.map(lambda a: a.reshape(batch * beam, *a.shape[2:]), own)
         y = self.self_attention.attend(y.reshape(batch * beam, 1, embed), flat_kv, bias, True)
         x = x + y.reshape(batch, beam, embed)
@@ -381,10 +402,10 @@ class DecoderLayer(nn.Module):
 def _remember(cache: Array, new: Array, *, position: Array, number: Array | None) -> Array:
     """A cache with `new` [batch, beam, heads, kv] at a position, of a layer where it has several.
 
-    Shape: cache [batch, beam, max_length, heads, kv], or with layers behind beam.
+    Shape: cache [batch, slots, max_length, heads, kv], or with layers behind slots.
     """
     if number is None:
-        return jax.lax.dynamic_update_index_in_dim(cache, new, position, axis=2)
+        return jax.lax.dynamic_update_slice(cache, new[:, :, None], (0, 0, position, 0, 0))
     at = (0, 0, number, position, 0, 0)
     return jax.lax.dynamic_update_slice(cache, new[:, :, None, None], at)
 
@@ -396,3 +417,20 @@ def of_layer(self_kv: Any, number: Array) -> KeysValues:
         jax.lax.dynamic_index_in_dim(keys, number, axis=2, keepdims=False),
         jax.lax.dynamic_index_in_dim(values, number, axis=2, keepdims=False),
     )
+
+
+def of_ancestry(self_kv: KeysValues, ancestry: Array | None) -> KeysValues:
+    """Keys and values [batch, slots, max_length, heads, kv] as each hypothesis has them."""
+    if ancestry is None:
+        return self_kv
+    batch, beam, length = ancestry.shape
+    places = (ancestry * length + jnp.arange(length)).reshape(batch, beam * length)
+
+    def read(cache: Array) -> Array:
+        flat = cache.reshape(batch, -1, *cache.shape[3:])
+        return jax.vmap(lambda rows, i: rows[i])(flat, places).reshape(
+            batch, beam, length, *cache.shape[3:]
+        )
+
+    keys, values = self_kv
+    return read(keys), read(values)

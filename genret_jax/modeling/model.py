@@ -282,7 +282,7 @@ class RetrievalModel:
             places = jnp.moveaxis(states, 2, 0), jnp.moveaxis(targets, 2, 0)
             return jnp.moveaxis(jax.lax.map(log_p, places), 0, 2)
 
-        cache = empty_cache(self.config, batch, 1, trie.max_length)
+        cache = empty_cache(self.config, batch, 1, trie.max_length, slots=beam)
         return constrained_beam_search(
             step,
             cache,

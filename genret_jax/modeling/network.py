@@ -29,6 +29,7 @@ from genret_jax.modeling.layers import (
     RelativeBias,
     RMSNorm,
     T5Config,
+    of_ancestry,
     of_layer,
 )
 from genret_jax.modeling.prefix_adaptor import PrefixAdaptor
@@ -109,12 +110,18 @@ class Decoder(nn.Module):
     ) -> tuple[Array, DecodingCache]:
         keys = jnp.arange(cache.max_length)
         bias = self.relpos_bias(position[None], keys) + jnp.where(keys <= position, 0.0, NEGATIVE)
+        ancestry = cache.ancestry
+        if ancestry is not None:
+            ancestry = ancestry.at[:, :, position].set(jnp.arange(ancestry.shape[1]))
         if self.config.scan_layers:
             # The whole cache is carried and written at one place a layer: a part for each layer
             # would be copied out and in.
             def stacked(layer: DecoderLayer, carry: Any, each: Any) -> tuple[Any, None]:
                 (x, self_kv), (number, cross_kv) = carry, each
-                return layer.step(x, position, self_kv, bias, cross_kv, cross.bias, number), None
+                found = layer.step(
+                    x, position, self_kv, bias, cross_kv, cross.bias, number, ancestry
+                )
+                return found, None
 
             numbers = jnp.arange(self.config.num_decoder_layers)
             (x, self_kv), _ = self._through(
@@ -124,7 +131,9 @@ class Decoder(nn.Module):
 
             def alone(layer: DecoderLayer, x: Array, each: Any) -> tuple[Array, KeysValues]:
                 self_kv, cross_kv = each
-                return layer.step(x, position, self_kv, bias, cross_kv, cross.bias)
+                return layer.step(
+                    x, position, self_kv, bias, cross_kv, cross.bias, ancestry=ancestry
+                )
 
             each = zip(cache.self_kv, cross.cross_kv, strict=True)
             x, self_kv = self._through(alone, embedded, each)
@@ -132,7 +141,7 @@ class Decoder(nn.Module):
         if prefix is not None:
             prefix = prefix + self.prefix_adaptor.terms(embedded, position)
             x = self.prefix_adaptor(x, prefix)
-        return x, DecodingCache(self_kv, prefix)
+        return x, DecodingCache(self_kv, prefix, ancestry)
 
     def tail(
         self, embedded: Array, position: Array, cache: DecodingCache, cross: CrossCache
@@ -152,6 +161,7 @@ class Decoder(nn.Module):
         def body(layer: DecoderLayer, x: Array, each: Any) -> tuple[Array, None]:
             own, cross_kv = each
             self_kv = of_layer(cache.self_kv, own) if stacked else own
+            self_kv = of_ancestry(self_kv, cache.ancestry)
             return layer.tail(x, self_kv, bias, cross_kv, cross.bias), None
 
         each: Any
@@ -288,14 +298,23 @@ def padding_bias(tokens: Array) -> Array:
     return jnp.where(tokens > 0, 0.0, NEGATIVE)[:, None, None, :]
 
 
-def empty_cache(config: T5Config, batch: int, beam: int, max_length: int) -> DecodingCache:
-    """A cache for `max_length` steps of `batch` x `beam` hypotheses, all zero."""
+def empty_cache(
+    config: T5Config, batch: int, beam: int, max_length: int, *, slots: int | None = None
+) -> DecodingCache:
+    """A cache for `max_length` steps of `batch` x `beam` hypotheses, all zero.
+
+    Args:
+      slots: hypotheses a query that there will be at most, for a cache with an ancestry.
+    """
+    ancestry = None
+    if slots:
+        ancestry = jnp.zeros((batch, beam, max_length), jnp.int32)
     layers, own = config.num_decoder_layers, (max_length, config.num_heads, config.head_dim)
     prefix = None
     if config.adaptor_rank:
         prefix = jnp.zeros((batch, beam, config.adaptor_rank), config.dtype)
     if config.scan_layers:
-        zero = jnp.zeros((batch, beam, layers, *own), config.dtype)
-        return DecodingCache((zero, zero), prefix)
-    zero = jnp.zeros((batch, beam, *own), config.dtype)
-    return DecodingCache(tuple((zero, zero) for _ in range(layers)), prefix)
+        zero = jnp.zeros((batch, slots or beam, layers, *own), config.dtype)
+        return DecodingCache((zero, zero), prefix, ancestry)
+    zero = jnp.zeros((batch, slots or beam, *own), config.dtype)
+    return DecodingCache(tuple((zero, zero) for _ in range(layers)), prefix, ancestry)
