@@ -28,6 +28,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from genret_jax.device_trie import DeviceTrie
+from genret_jax.top_k import top_k
 
 NORMALISERS = ("vocabulary", "children")
 
@@ -410,7 +411,7 @@ def _children(
 
 
 def _top_k(scores: Array, k: int, ahead: Array | None = None) -> tuple[Array, Array]:
-    """`jax.lax.top_k` that also takes fewer candidates than k: the rest scores -inf.
+    """`top_k` that also takes fewer candidates than k: the rest scores -inf.
 
     With `ahead`, the k best by the sum of both, and their scores.
     """
@@ -418,7 +419,7 @@ def _top_k(scores: Array, k: int, ahead: Array | None = None) -> tuple[Array, Ar
     missing = k - by.shape[1]
     if missing > 0:
         by = jnp.pad(by, ((0, 0), (0, missing)), constant_values=-jnp.inf)
-    best, index = jax.lax.top_k(by, k)
+    best, index = top_k(by, k)
     index = jnp.where(jnp.isfinite(best), index, 0)
     if ahead is not None:
         chosen = jnp.take_along_axis(scores, index, axis=1)

@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "genret_jax"
 ROOMS = """
     errors files lines records trec corpus documents
     baselines evaluation significance hybrid
-    docids device_trie sharded_trie trie live_trie look_ahead vocabularies decoding
+    docids device_trie sharded_trie trie live_trie look_ahead vocabularies top_k decoding
     precision modeling pretrained scoring judged fusion_fit ranking vectors
     recipe_checks recipe splitting indexing negatives data training
     weights retriever export pseudo_queries dense ngram glen stages t5x fit searchers
