@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 _BLOCK = 64
-# Fewer in a row, or in all rows: the passes over blocks cost more than one partial sort saves (CPU).
+# Fewer in a row, or in all rows: passes over blocks cost more than one partial sort saves (CPU).
 _MANY, _MANY_IN_ALL = 16_384, 65_536
 
 
