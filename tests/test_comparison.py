@@ -12,6 +12,7 @@ import re
 import shutil
 import signal
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -516,6 +517,26 @@ def test_side_by_side_stops_all_on_request(script, tmp_path):
         "b.checkpoint",
     ]
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_nothing_is_waited_for_when_all_have_ended(script, tmp_path, monkeypatch):
+    """A signal that came in such a wait was lost."""
+    script("exit 3")
+    told, ended = parallel._told, []
+    wait = time.sleep
+
+    def ends(*arguments):
+        ended.append(True)
+        return told(*arguments)
+
+    def waits(seconds):
+        assert not ended
+        wait(seconds)
+
+    monkeypatch.setattr(parallel, "_told", ends)
+    monkeypatch.setattr(parallel.time, "sleep", waits)
+    failed = parallel.run_side_by_side(children(tmp_path, "a"), jobs=2)
+    assert failed == {"a": "it printed nothing"}
 
 
 def test_what_the_user_set_stays(monkeypatch):
