@@ -37,6 +37,7 @@ from genret_jax.hybrid import fit_weights, reciprocal_ranks, weighted
 from genret_jax.recipe import load_recipe
 from genret_jax.searchers import FittedSearcher, fit_method, open_searcher
 from genret_jax.significance import against
+from genret_jax.training.budget import with_steps
 from genret_jax.training.interruption import Interrupted
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -371,6 +372,18 @@ def test_a_budget_of_steps_is_that_of_all_stages(collection, tmp_path, pretended
     assert found["dsi"].train.steps == 10
     assert (found["dogr"].train.steps, found["dogr"].contrastive.steps) == (7, 3), "share is 0.3"
     assert "10 steps a training, seed 3" in (tmp_path / "out" / "comparison.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("steps", "share", "expected"),
+    [(10, 0.3, (7, 3)), (2, 0.3, (1, 1)), (2, 0.9, (1, 1)), (10, 0.0, (9, 1))],
+)
+def test_a_stage_has_at_least_one_step(steps, share, expected):
+    recipe = load_recipe("dogr", bindings=[f"ContrastiveConfig.share = {share}"])
+    found = with_steps(recipe, steps)
+    assert (found.train.steps, found.contrastive.steps) == expected
+    with pytest.raises(UserError, match="at least 1 a stage, found 1 in all"):
+        with_steps(recipe, 1)
 
 
 @pytest.mark.parametrize(

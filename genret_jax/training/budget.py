@@ -113,9 +113,9 @@ def with_steps(recipe: Recipe, steps: int | None) -> Recipe:
         return recipe
     first = second = steps
     if recipe.contrastive.wanted and recipe.docids.kind != NO_DOCIDS:
-        second = max(1, round(steps * recipe.contrastive.share))
+        second = min(max(1, round(steps * recipe.contrastive.share)), steps - 1)
         first = steps - second
-    if first < 1:
+    if min(first, second) < 1:
         raise UserError(f"steps must be at least 1 a stage, found {steps} in all; give more")
     return dataclasses.replace(
         recipe,
