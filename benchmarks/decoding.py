@@ -228,6 +228,12 @@ def compare(
 ) -> list[dict[str, Any]]:
     """The rows of all peers. `keep` is called with all that there are, as soon as one is there."""
     rows: list[dict[str, Any]] = []
+
+    def add(row: dict[str, Any]) -> None:
+        rows.append(row)
+        print(line(row), file=sys.stderr, flush=True)
+        keep(rows)
+
     began = time.monotonic()
     make = functools.partial(
         Worker, threads=arguments.threads, device=arguments.device, dtype=arguments.dtype
@@ -248,18 +254,20 @@ def compare(
         if not asked:
             continue
         request = {"problem": dataclasses.asdict(problem), "beam": beam, "part": arguments.part}
-        about = ours.ask(do="prepare", **request)
+        failed = {"set": problem.kind, "ids": problem.ids, "beam": beam, "batch": problem.batch}
+        failed["part"] = arguments.part
+        try:
+            about = ours.ask(do="prepare", **request)
+        except ValueError as error:  # such as a full device; smaller problems may fit
+            add({**failed, "peer": "ours", "error": str(error)})
+            continue
         for peer in asked:
             try:
-                row = measure(ours, peer, problem, beam, about, arguments)
+                add(measure(ours, peer, problem, beam, about, arguments))
             except (ValueError, RuntimeError) as error:
-                row = {"peer": peer.peer, "set": problem.kind, "ids": problem.ids, "beam": beam}
-                row |= {"part": arguments.part, "batch": problem.batch, "error": str(error)}
+                add({**failed, "peer": peer.peer, "error": str(error)})
                 if isinstance(error, RuntimeError):  # its process ended; the others go on
                     peers.remove(peer)
-            rows.append(row)
-            print(line(row), file=sys.stderr, flush=True)
-            keep(rows)
     for worker in (ours, *peers):
         worker.close()
     return rows

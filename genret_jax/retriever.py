@@ -167,7 +167,9 @@ class Retriever:
             raise UserError(
                 f"weights {precision!r} are not known; choose one of {', '.join(PRECISIONS)}"
             )
-        if self.precision != "float32" and precision != self.precision:
+        if precision == self.precision:
+            return self
+        if self.precision != "float32":
             raise UserError(f"the weights are {self.precision} already; load the retriever again")
         params = reduced(self.params, precision)
         return dataclasses.replace(self, params=params, precision=precision)

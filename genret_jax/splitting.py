@@ -68,14 +68,15 @@ def split_corpus(corpus: Corpus, config: DataConfig, *, seed: int) -> Split:
     apart = _documents_apart(corpus, train, config, seed)
     pairs, about = _without(corpus, train, apart, config, seed)
     rng = np.random.default_rng([seed, 11])
+    asked = _dev_about_unseen(corpus, train, config)
     if corpus.qrels.get("dev"):
-        queries = corpus.split_queries("dev")
-        chosen = _sample(list(queries), config.dev_queries, rng)
-        qrels = corpus.qrels["dev"]
+        queries, qrels = corpus.split_queries("dev"), corpus.qrels["dev"]
+        kind = _unseen(corpus, pairs, qrels) if asked else frozenset()
+        chosen = _dev_sample(list(queries), kind, config.dev_queries, rng)
         split = Split(pairs, {q: queries[q] for q in chosen}, {q: qrels[q] for q in chosen})
     else:
         split = _held_out(corpus, pairs, about, config, rng)
-    if not apart and not _dev_about_unseen(corpus, train, config):
+    if not apart and not asked:
         return split
     texts = corpus.split_queries("train")
     split = dataclasses.replace(
@@ -190,6 +191,18 @@ def _unseen(corpus: Corpus, pairs: Sequence[tuple[str, int]], qrels: Qrels) -> f
         if relevant and not any(d in seen for d in relevant):
             out.add(query)
     return frozenset(out)
+
+
+def _dev_sample(
+    names: Sequence[str], unseen: frozenset[str], count: int, rng: np.random.Generator
+) -> list[str]:
+    """Queries of a dev split; enough of them are `unseen`, or half, where there are some at all."""
+    chosen = _sample(names, count, rng)
+    wanted = min(_ENOUGH, count // 2, len(unseen))
+    if len(unseen.intersection(chosen)) >= wanted:
+        return chosen
+    of_unseen = _sample([q for q in names if q in unseen], wanted, rng)
+    return of_unseen + _sample([q for q in names if q not in unseen], count - wanted, rng)
 
 
 def _sample(names: Sequence[str], count: int, rng: np.random.Generator) -> list[str]:

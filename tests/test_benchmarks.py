@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
+import decoding  # noqa: E402
 from decoding import RUNS, TOLERANCE, disagreement, overlap, take_turns  # noqa: E402
 from problem import Problem  # noqa: E402
 
@@ -71,6 +73,31 @@ def test_turns_are_equal_in_number_and_long_enough():
     take_turns(instant, slow, turns=1, seconds=1e9)
     assert instant.asked[-1][1] == RUNS
     assert len(take_turns(Timed(1.0), slow, turns=9, seconds=0.0)[0]) == 3, "time is over"
+
+
+def test_a_problem_that_does_not_fit_is_a_row_and_loses_no_other(monkeypatch, capsys):
+    class Side:
+        def __init__(self, peer, **_):
+            self.peer = peer
+
+        def ask(self, **request):
+            if request["beam"] == 4:
+                raise ValueError("RESOURCE_EXHAUSTED")
+            return {}
+
+        def close(self):
+            pass
+
+    done = {"peer": "unconstrained", "error": "only pretended"}
+    monkeypatch.setattr(decoding, "Worker", Side)
+    monkeypatch.setattr(decoding, "line", str)
+    monkeypatch.setattr(decoding, "measure", lambda *arguments: done)
+    given = ["--peers", "unconstrained", "--ids", "9", "--beams", "2,4,3", "--json"]
+    monkeypatch.setattr(sys, "argv", ["decoding.py", *given])
+    decoding.main()
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert rows[0] == rows[2] == done and len(rows) == 3
+    assert (rows[1]["peer"], rows[1]["beam"], rows[1]["error"]) == ("ours", 4, "RESOURCE_EXHAUSTED")
 
 
 @pytest.mark.parametrize("kind", ["random", "skewed", "variable"])

@@ -12,6 +12,7 @@ import re
 import shutil
 import signal
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -36,6 +37,7 @@ from genret_jax.hybrid import fit_weights, reciprocal_ranks, weighted
 from genret_jax.recipe import load_recipe
 from genret_jax.searchers import FittedSearcher, fit_method, open_searcher
 from genret_jax.significance import against
+from genret_jax.training.budget import with_steps
 from genret_jax.training.interruption import Interrupted
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -373,6 +375,18 @@ def test_a_budget_of_steps_is_that_of_all_stages(collection, tmp_path, pretended
 
 
 @pytest.mark.parametrize(
+    ("steps", "share", "expected"),
+    [(10, 0.3, (7, 3)), (2, 0.3, (1, 1)), (2, 0.9, (1, 1)), (10, 0.0, (9, 1))],
+)
+def test_a_stage_has_at_least_one_step(steps, share, expected):
+    recipe = load_recipe("dogr", bindings=[f"ContrastiveConfig.share = {share}"])
+    found = with_steps(recipe, steps)
+    assert (found.train.steps, found.contrastive.steps) == expected
+    with pytest.raises(UserError, match="at least 1 a stage, found 1 in all"):
+        with_steps(recipe, 1)
+
+
+@pytest.mark.parametrize(
     ("methods", "more", "message"),
     [
         (["bm25"], ["--steps", "0"], "steps must be a whole number from 1, found 0"),
@@ -516,6 +530,26 @@ def test_side_by_side_stops_all_on_request(script, tmp_path):
         "b.checkpoint",
     ]
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_nothing_is_waited_for_when_all_have_ended(script, tmp_path, monkeypatch):
+    """A signal that came in such a wait was lost."""
+    script("exit 3")
+    told, ended = parallel._told, []
+    wait = time.sleep
+
+    def ends(*arguments):
+        ended.append(True)
+        return told(*arguments)
+
+    def waits(seconds):
+        assert not ended
+        wait(seconds)
+
+    monkeypatch.setattr(parallel, "_told", ends)
+    monkeypatch.setattr(parallel.time, "sleep", waits)
+    failed = parallel.run_side_by_side(children(tmp_path, "a"), jobs=2)
+    assert failed == {"a": "it printed nothing"}
 
 
 def test_what_the_user_set_stays(monkeypatch):

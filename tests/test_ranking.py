@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -9,6 +11,7 @@ from genret_jax.docids.table import DocidTable
 from genret_jax.documents import descending
 from genret_jax.ranking import Ranker, with_similarities
 from genret_jax.scoring import Fusion
+from genret_jax.stages.common import compile_search
 from genret_jax.trie import build_trie
 
 LABELS = ("<pad>", "</s>", "a", "b", "c", "d")
@@ -134,3 +137,14 @@ def test_a_scoring_without_vectors_is_an_error():
     ranker = _ranker([0, 1, 2, 3])
     with pytest.raises(ValueError, match="'semantic' needs document vectors"):
         ranker._ranked(_reached(ranker, [0], [-1.0]), 1, "semantic")
+
+
+@pytest.mark.parametrize(
+    ("count", "searched"), [(0, [0]), (5, [5]), (64, [0, 64]), (70, [6, 64]), (200, [8, 64])]
+)
+def test_a_search_is_compiled_by_a_batch_of_every_size(count, searched):
+    """Few queries are searched for once."""
+    sizes = []
+    ranker = SimpleNamespace(candidates=lambda params, some, beam: sizes.append(len(some)))
+    compile_search(ranker, {}, map(str, range(count)), beam=3)
+    assert sorted(sizes) == searched

@@ -326,6 +326,7 @@ def test_smaller_weights_search_within_their_rounding(precision, near, retriever
         small.save(tmp_path / "small")
     with pytest.raises(UserError, match=f"are {precision} already"):
         small.with_weights("float32")
+    assert small.with_weights(precision) is small
     command = ["search", str(retriever.folder), QUERY, "-k", "8", "--json", "--weights"]
     assert main([*command, precision]) == 0
     found = json.loads(capsys.readouterr().out)["hits"]

@@ -126,3 +126,15 @@ def test_a_dev_split_that_asks_about_unseen_documents_needs_no_more():
     assert split.pairs == plain.pairs and split.dev_queries == plain.dev_queries
     assert split.unseen == {f"dev{i}" for i in range(600, 750)}
     assert np.flatnonzero(split.unseen_documents(800)).tolist() == list(range(600, 800))
+
+
+@pytest.mark.parametrize(("count", "of_unseen"), [(300, 100), (60, 30)])
+def test_a_sample_of_dev_has_enough_queries_about_unseen_documents(count, of_unseen):
+    """120 of 1,120 queries are: by chance a sample would have 32, or 6."""
+    corpus = _corpus(seen=1000, unseen=120, dev=range(1120))
+    split = _split(corpus, dev_queries=count)
+    assert len(split.unseen) == of_unseen and len(split.dev_queries) == count
+    assert split == _split(corpus, dev_queries=count)
+    assert len(_named(split.pairs)) == 1000, "nothing is held out for them"
+    plain = split_corpus(corpus, DataConfig(dev_queries=count), seed=0)
+    assert not plain.unseen and len(plain.dev_queries) == count

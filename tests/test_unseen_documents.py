@@ -16,6 +16,7 @@ from genret_jax.corpus import write_corpus
 from genret_jax.evaluation import per_query
 from genret_jax.fit import fit
 from genret_jax.recipe import load_recipe
+from genret_jax.searchers import fit_method
 from genret_jax.training import partitioning
 from genret_jax.training.journal import read_records
 
@@ -36,12 +37,17 @@ def small_numbers():
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def folder(tmp_path_factory):
     corpus = tiny_corpus()
     train = corpus.qrels["train"]
     corpus.qrels["train"] = {q: j for q, j in train.items() if not set(UNSEEN) & j.keys()}
     folder = tmp_path_factory.mktemp("data") / "tiny"
     write_corpus(corpus, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "run"
     few = ["TrainConfig.steps = 10", "ContrastiveConfig.steps = 4"]
     fit(folder, recipe=load_recipe("dogr", bindings=[*FAST, *few]), out=out)
@@ -141,3 +147,13 @@ def test_hits_tell_their_kind_and_their_score_is_made_of_its_parts(retriever, tm
     (tmp_path / "other" / "vectors.unseen.npy").unlink()
     with pytest.raises(UserError, match="no train query names is not here"):
         Retriever.load(tmp_path / "other")
+
+
+def test_another_method_has_dev_metrics_of_both_kinds_where_it_is_asked_for(folder, tmp_path):
+    steps = ["TrainConfig.steps = 2", "ContrastiveConfig.steps = 2"]
+    kinds = ["DataConfig.held_out_documents = 0.03", "DataConfig.unseen_share = 0.25"]
+    recipe = load_recipe("dense", bindings=[*FAST, *steps, *kinds])
+    dev = fit_method(folder, recipe=recipe, out=tmp_path / "run").about["dev"]
+    for name in ("mrr@10", "hits@1"):
+        mean = 0.75 * dev[f"seen_{name}"] + 0.25 * dev[f"unseen_{name}"]
+        assert dev[name] == pytest.approx(mean)

@@ -71,7 +71,7 @@ def run_side_by_side(children: Sequence[Child], *, jobs: int) -> dict[str, str]:
     failed: dict[str, str] = {}
     with _asked_to_stop() as signals:
         try:
-            while waiting or running:
+            while True:
                 while waiting and len(running) < jobs and not signals:
                     running.append(_start(waiting.pop(0), jobs))
                 for one in [one for one in running if one.process.poll() is not None]:
@@ -85,12 +85,13 @@ def run_side_by_side(children: Sequence[Child], *, jobs: int) -> dict[str, str]:
                         f"{stopped} trainings stopped; run the same command to go on",
                         128 + signals[0],
                     )
+                if not waiting and not running:
+                    return failed
                 time.sleep(_POLL_SECONDS)
         finally:  # whatever happens here, none is left alone
             for one in running:
                 one.process.kill()
                 one.process.wait()
-    return failed
 
 
 def environment(jobs: int) -> dict[str, str]:
@@ -138,7 +139,9 @@ def _told(one: _Running, running: int, waiting: int) -> str:
 def _last_line(path: Path) -> str:
     """Where the command line, or Python, says what went wrong."""
     lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return lines[-1].removeprefix("genret: ") if lines else "no word of it"
+    if not lines or lines[-1].startswith("$ genret "):  # nothing stands behind the command
+        return "it printed nothing"
+    return lines[-1].removeprefix("genret: ")
 
 
 def _stop(running: list[_Running]) -> None:

@@ -48,10 +48,9 @@ def retrieval_model(recipe: Recipe, index: Index) -> RetrievalModel:
 
 def compile_search(ranker: Ranker, params: Params, queries: Iterable[str], beam: int) -> None:
     """Searches for a few of the queries, one batch of every size that all of them need."""
-    texts = list(queries)
-    last = len(texts) % BATCH_SIZES[-1]
-    for some in (texts[: BATCH_SIZES[-1]], texts[len(texts) - last :]):
-        ranker.candidates(params, some, beam=beam)
+    texts, most = list(queries), BATCH_SIZES[-1]
+    for start in {0, len(texts) - len(texts) % most}:  # where they are few, both are one
+        ranker.candidates(params, texts[start : start + most], beam=beam)
 
 
 def dev_metrics(run: Run, split: Split, metrics: Sequence[str]) -> dict[str, float]:

@@ -21,7 +21,6 @@ import numpy as np
 from genret_jax.corpus import Corpus, Run
 from genret_jax.data.contrastive import ContrastiveBatches, DocumentSide, with_documents
 from genret_jax.dense import ExactSearch, QueryEncoder
-from genret_jax.evaluation import evaluate
 from genret_jax.indexing import build_index
 from genret_jax.modeling.contrastive import JointWeights
 from genret_jax.modeling.dense_model import DenseModel
@@ -29,7 +28,7 @@ from genret_jax.modeling.model import Params
 from genret_jax.negatives import Search, known_positives
 from genret_jax.recipe import Recipe
 from genret_jax.splitting import Split
-from genret_jax.stages.common import Materials
+from genret_jax.stages.common import Materials, dev_metrics
 from genret_jax.stages.second import (
     DocumentEncoder,
     Miner,
@@ -238,6 +237,6 @@ def _dev_evaluation(materials: Materials, nearness: _Nearness) -> Evaluate | Non
             ):
                 found = zip(documents.tolist(), values.tolist(), strict=True)
                 scores[name] = {ids[document]: value for document, value in found}
-        return evaluate(scores, split.dev_qrels, materials.metrics)
+        return dev_metrics(scores, split, materials.metrics)
 
     return run

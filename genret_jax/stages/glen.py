@@ -23,7 +23,6 @@ from genret_jax.docids.collisions import row_groups
 from genret_jax.docids.table import EOS_ID
 from genret_jax.documents import descending
 from genret_jax.errors import UserError
-from genret_jax.evaluation import evaluate
 from genret_jax.glen import GlenRanker, Learned
 from genret_jax.indexing import build_index
 from genret_jax.modeling.glen import GlenModel, GlenWeights, KeywordModel
@@ -31,7 +30,7 @@ from genret_jax.modeling.model import Params
 from genret_jax.negatives import Search
 from genret_jax.recipe import Recipe
 from genret_jax.splitting import Split
-from genret_jax.stages.common import DEV_BEAM, Materials
+from genret_jax.stages.common import DEV_BEAM, Materials, dev_metrics
 from genret_jax.stages.first import starting
 from genret_jax.stages.second import Miner
 from genret_jax.training.budget import Clock
@@ -172,7 +171,7 @@ def _first_phase(materials: Materials, model: GlenModel, folder: Path, clock: Cl
         found = search(params)(list(split.dev_queries.values()), DEV_BEAM)
         for name, positions in zip(names, found, strict=True):
             scores[name] = {ids[p]: -float(rank) for rank, p in enumerate(positions.tolist())}
-        return evaluate(scores, split.dev_qrels, materials.metrics)
+        return dev_metrics(scores, split, materials.metrics)
 
     return train(
         KeywordModel(model),
@@ -366,7 +365,7 @@ def _dev_evaluation(
         for name, (positions, values) in zip(split.dev_queries, found, strict=True):
             pairs = zip(positions.tolist(), values.tolist(), strict=True)
             scores[name] = {ids[position]: value for position, value in pairs}
-        metrics = evaluate(scores, split.dev_qrels, materials.metrics)
+        metrics = dev_metrics(scores, split, materials.metrics)
         distinct = len(learned.trie.rows) / len(learned.weights)
         return {**metrics, "distinct_docids": distinct}
 

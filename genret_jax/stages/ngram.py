@@ -17,7 +17,6 @@ from genret_jax.data.examples import Ragged
 from genret_jax.data.ngrams import Drawing, ViewTexts, piece_idf, register_ngrams
 from genret_jax.data.vocabulary import SeqioVocabulary
 from genret_jax.errors import UserError
-from genret_jax.evaluation import evaluate
 from genret_jax.indexing import build_index
 from genret_jax.modeling.model import Params, RetrievalModel
 from genret_jax.ngram.index import NgramIndex
@@ -27,7 +26,7 @@ from genret_jax.ngram.settings import VIEWS, NgramSettings
 from genret_jax.pretrained.checkpoint import open_checkpoint
 from genret_jax.recipe import Recipe
 from genret_jax.splitting import Split
-from genret_jax.stages.common import Materials
+from genret_jax.stages.common import Materials, dev_metrics
 from genret_jax.training.budget import Clock
 from genret_jax.training.pretrained_start import pretrained_start
 from genret_jax.training.trainer import Evaluate, TrainResult, train
@@ -238,6 +237,6 @@ class NgramTraining:
             for name, (documents, values) in zip(names, found, strict=True):
                 best = np.argsort(-values, kind="stable")[:_DEV_DEPTH]
                 scores[name] = {ids[documents[i]]: float(values[i]) for i in best}
-            return evaluate(scores, split.dev_qrels, self.materials.metrics)
+            return dev_metrics(scores, split, self.materials.metrics)
 
         return run

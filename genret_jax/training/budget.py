@@ -113,9 +113,9 @@ def with_steps(recipe: Recipe, steps: int | None) -> Recipe:
         return recipe
     first = second = steps
     if recipe.contrastive.wanted and recipe.docids.kind != NO_DOCIDS:
-        second = max(1, round(steps * recipe.contrastive.share))
+        second = min(max(1, round(steps * recipe.contrastive.share)), steps - 1)
         first = steps - second
-    if first < 1:
+    if min(first, second) < 1:
         raise UserError(f"steps must be at least 1 a stage, found {steps} in all; give more")
     return dataclasses.replace(
         recipe,
@@ -127,7 +127,7 @@ def with_steps(recipe: Recipe, steps: int | None) -> Recipe:
 def check_budget(steps: int | None, minutes: float | None) -> None:
     """UserError unless a budget is one of steps, or of time, or none."""
     if steps is not None and minutes is not None:
-        raise UserError("both steps and minutes are given; a budget is one of them")
+        raise UserError("both steps and minutes are given; leave one of them out")
     if steps is not None and steps < 1:
         raise UserError(f"steps must be a whole number from 1, found {steps}")
     check_minutes(minutes)
