@@ -263,8 +263,9 @@ def _stage_one(
     """
     if stage == 1 or not recipe.contrastive.wanted:
         raise UserError("stage 1 of another run is given, but no stage 2 is wanted; leave it out")
-    if (there := _stage_of(folder)) != 1:
-        found = "no retriever" if there == 0 else "a retriever of stage 2"
+    there = _stage_of(folder) if (folder / "run.json").is_file() else 0
+    if there != 1:
+        found = "no retriever of a run" if there == 0 else "a retriever of stage 2"
         raise UserError(f"{folder}: holds {found}; give a run made with --stage 1")
     retriever = Retriever.load(folder)
     about, mark = retriever.about, json.loads((folder / "run.json").read_text(encoding="utf-8"))
