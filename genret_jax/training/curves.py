@@ -9,6 +9,7 @@ from typing import Any
 from genret_jax.files import replace_on_success
 
 _SHOWN = ("hits@1", "mrr@10", "hits@10", "token_probability")
+_FEW = 20  # points that are marked one by one: two with a line alone look like a course
 
 
 def draw_curves(records: Sequence[dict[str, Any]], path: str | Path, *, title: str = "") -> None:
@@ -30,7 +31,8 @@ def draw_curves(records: Sequence[dict[str, Any]], path: str | Path, *, title: s
     steps = [r["step"] for r in train]
     # The loss of docids where there is one, so that runs with other terms compare.
     docids = not train or "cross_entropy" in train[0]
-    left.plot(steps, [r["cross_entropy" if docids else "loss"] for r in train], color="C0")
+    losses = [r["cross_entropy" if docids else "loss"] for r in train]
+    left.plot(steps, losses, color="C0", marker="o" if len(steps) <= _FEW else None)
     label = "cross-entropy a token (nats)" if docids else "InfoNCE a query (nats)"
     left.set(xlabel="step", ylabel=label, title="training loss")
     if train:
@@ -45,7 +47,11 @@ def draw_curves(records: Sequence[dict[str, Any]], path: str | Path, *, title: s
             xytext=(6, -3),
             color=f"C{i + 1}",
         )
-    right.set(xlabel="step", title="dev", ylim=(0, 1))
+    right.set(xlabel="step", title="dev", ylim=(0, 1.02))
+    last = max((r["step"] for r in records), default=0)
+    for axes in (left, right):  # both from the first step to the last, and whole steps alone
+        axes.set_xlim(-0.03 * last - 0.5, 1.03 * last + 0.5)
+        axes.xaxis.get_major_locator().set_params(integer=True)
     if dev:
         right.legend(loc="lower right")
     for axes in (left, right):
