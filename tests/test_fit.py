@@ -199,11 +199,12 @@ def test_a_time_budget_ends_the_run(collection, tmp_path, capsys):
         if "steps = 30" not in pair[1]
         for x in pair
     ]
-    assert (
-        main(["fit", str(collection), "--out", str(out), "--minutes", "0.2", *fast, "--json"]) == 0
-    )
+    budget = ["--minutes", "0.5"]  # with much less, a busy machine would have none left for stage 2
+    assert main(["fit", str(collection), "--out", str(out), *budget, *fast, "--json"]) == 0
     about = _json(capsys)
-    assert 0 < about["training"]["seconds"] < 300 and about["training"]["steps"] > 1
+    # However slow the machine, one step is taken; the recipe's own number takes far longer.
+    assert 0 < about["training"]["seconds"] < 300
+    assert 1 <= about["training"]["steps"] < load_recipe("dsi").train.steps
 
 
 def test_a_mistake_does_not_claim_the_folder(collection, tmp_path, capsys):
