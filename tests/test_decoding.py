@@ -6,6 +6,7 @@ import dataclasses
 import math
 
 import hypothesis.strategies as st
+import jax
 import numpy as np
 import pytest
 from decoding_oracles import (
@@ -30,6 +31,8 @@ from decoding_oracles import (
     sequence_sets,
 )
 from hypothesis import assume, example, given, settings
+
+from genret_jax import decoding
 
 
 @settings(max_examples=60)
@@ -78,6 +81,28 @@ def test_a_small_beam_finds_what_a_search_in_python_finds(sequences, seed, beam,
     result = search(table, start, device(trie), beam=beam, normaliser=normaliser, tails=tails)
     for query in range(BATCH):
         assert_same(found(result, trie, ids, query), expected[query][0])
+
+
+@pytest.fixture(params=[0, 10**6], ids=["one row", "rectangle"])
+def layout(request, monkeypatch):
+    """All children in a row, or in a rectangle, whatever is smaller."""
+    monkeypatch.setattr(decoding, "_RECTANGLE", request.param)
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize("sequences", [SKEWED, NESTED, SHARED], ids=["skewed", "nested", "shared"])
+@pytest.mark.parametrize("normaliser", NORMALISERS)
+def test_children_in_a_row_and_in_a_rectangle_are_the_same(layout, sequences, normaliser):
+    trie, ids = make_trie(sequences)
+    table, start = make_model(4)
+    for beam in (4, MOST_IDS):
+        result = search(table, start, roomy(trie), beam=beam, normaliser=normaliser)
+        for query in range(BATCH):
+            expected, gap = plain_search(table, start[query], ids, beam, normaliser)
+            assert gap > 1e-3
+            assert_same(found(result, trie, ids, query), expected)
 
 
 @settings(max_examples=40)
