@@ -405,8 +405,8 @@ def _side_by_side(
     """Places for the children of all hypotheses, in the order of parents and tokens.
 
     Returns:
-      parent, edge, whether there is such a child: [batch, places] each, parent and edge 0 where
-      not; and what maps an array of the parents, [batch, beam], to their children.
+      parent, edge (0 where there is no such child), whether there is: [batch, places] each; and
+      what maps an array of the parents, [batch, beam], to their children.
     """
     first = trie.first_edge[front.state]
     counts = jnp.where(front.size > 1, trie.first_edge[front.state + 1] - first, 0)
@@ -428,13 +428,13 @@ def _side_by_side(
             lambda e: jnp.searchsorted(e, slot, side="right", method="scan_unrolled")
         )(ends)
         exists = slot < ends[:, -1:]
-        parent = jnp.where(exists, parent, 0)
+        parent = jnp.where(exists, parent, 0)  # searched beyond the last one
 
         def of_parent(x: Array) -> Array:
             return jnp.take_along_axis(x, parent, axis=1)
 
         edge = of_parent(first + counts - ends) + slot
-    return jnp.where(exists, parent, 0), jnp.where(exists, edge, 0), exists, of_parent
+    return parent, jnp.where(exists, edge, 0), exists, of_parent
 
 
 def _top_k(scores: Array, k: int, ahead: Array | None = None) -> tuple[Array, Array]:

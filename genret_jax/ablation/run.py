@@ -39,7 +39,13 @@ from genret_jax.harness.jobs import (
     run_jobs,
 )
 from genret_jax.harness.measuring import DEPTH, Asked, baseline, rank
-from genret_jax.harness.parallel import Child, check_jobs, run_side_by_side
+from genret_jax.harness.parallel import (
+    Child,
+    check_jobs,
+    corpus_argument,
+    fit_options,
+    run_side_by_side,
+)
 from genret_jax.harness.rows import Measured, Row
 from genret_jax.harness.trainings import Trainings
 from genret_jax.indexing import documents_digest
@@ -128,9 +134,7 @@ def ablate(
         return load_recipe(FULL, size=size, gin_files=gin_files, bindings=lines(variant, seed))
 
     def options(variant: Variant, seed: int) -> tuple[str, ...]:
-        given = [f"--method={FULL}", *([f"--size={size}"] if size else [])]
-        given += [f"--gin_file={file}" for file in gin_files]
-        return (*given, *(f"--gin={line}" for line in lines(variant, seed)))
+        return fit_options(FULL, size=size, gin_files=gin_files, bindings=lines(variant, seed))
 
     wanted = chosen_variants(variants, docids)
     full = {seed: recipe(wanted[0], seed) for seed in seeds}
@@ -189,23 +193,24 @@ class _Bench:
         Raises:
           UserError: the corpus is in memory, where no other process finds it.
         """
-        if isinstance(self._given, Corpus):
-            raise UserError("several jobs read the corpus from a folder; give that, or jobs = 1")
+        corpus = corpus_argument(self._given)
         (self._out / "results").mkdir(parents=True, exist_ok=True)
         ledger = Ledger(self._out)
         todo = [c for c in cells if isinstance(c, Trained) and not ledger.kept(c)]
         share = {c.stage_one: 1 - c.first.contrastive.share for c in todo}
         firsts = {c.stage_one: (*c.first_options, "--stage=1") for c in todo}
-        self._wave(firsts, {f: self._minutes and self._minutes * share[f] for f in firsts}, jobs)
+        minutes = {f: self._minutes and self._minutes * share[f] for f in firsts}
+        self._wave(corpus, firsts, minutes, jobs)
         seconds = {
             c.folder: (*c.options, f"--stage-one={c.stage_one}")
             for c in todo
             if c.folder != c.stage_one and self._trainings.there(c.stage_one)
         }
-        self._wave(seconds, dict.fromkeys(seconds, self._minutes), jobs)
+        self._wave(corpus, seconds, dict.fromkeys(seconds, self._minutes), jobs)
 
     def _wave(
         self,
+        corpus: str,
         options: dict[Path, tuple[str, ...]],
         minutes: dict[Path, float | None],
         jobs: int,
@@ -214,7 +219,7 @@ class _Bench:
         for folder, given in options.items():
             if not self._trainings.there(folder):
                 budget = () if minutes[folder] is None else (f"--minutes={minutes[folder]}",)
-                command = ("fit", str(self._given), f"--out={folder}", *given, *budget)
+                command = ("fit", corpus, f"--out={folder}", *given, *budget)
                 log = self._out / "logs" / f"{folder.name}.log"
                 children[folder] = Child(folder.name, command, log)
         failed = run_side_by_side(list(children.values()), jobs=jobs)

@@ -13,7 +13,7 @@ from genret_jax.errors import UserError
 from genret_jax.evaluation import DEFAULT_METRICS, per_query
 from genret_jax.harness.jobs import Job, Ledger, digest_of
 from genret_jax.harness.measuring import DEPTH, Asked, index_bytes, rank
-from genret_jax.harness.parallel import Child
+from genret_jax.harness.parallel import Child, corpus_argument, fit_options
 from genret_jax.harness.rows import Measured
 from genret_jax.harness.trainings import Trainings
 from genret_jax.hybrid import fit_weights, reciprocal_ranks, weighted
@@ -74,11 +74,12 @@ class Settings:
 
     def command(self, method: str, seed: int) -> tuple[str, ...]:
         """The options of `genret fit` that make `recipe` and give it the budget."""
-        options = {"--method": method, "--size": self.size, "--minutes": self.minutes}
-        options["--steps"] = self.steps
-        given = [f"{name}={value}" for name, value in options.items() if value is not None]
-        given += [f"--gin_file={file}" for file in self.gin_files]
-        return (*given, *(f"--gin={line}" for line in (*self.bindings, _seed(seed))))
+        budget = {"--minutes": self.minutes, "--steps": self.steps}
+        lines = (*self.bindings, _seed(seed))
+        return (
+            *fit_options(method, size=self.size, gin_files=self.gin_files, bindings=lines),
+            *(f"{name}={value}" for name, value in budget.items() if value is not None),
+        )
 
     def text(self) -> str:
         """The budget, for people."""
@@ -130,15 +131,14 @@ class Bench:
         Raises:
           UserError: the corpus is in memory, where no other process finds it.
         """
-        if isinstance(self._given, Corpus):
-            raise UserError("several jobs read the corpus from a folder; give that, or jobs = 1")
+        corpus = corpus_argument(self._given)
         found: dict[Path, Child] = {}
         for cell in cells:
             if cell.folder is None or not cell.method.trained or self._ledger.kept(cell):
                 continue
             if not self._trainings.there(cell.folder):
                 options = self._settings.command(cell.method.name, cell.seed or 0)
-                command = ("fit", str(self._given), f"--out={cell.folder}", *options)
+                command = ("fit", corpus, f"--out={cell.folder}", *options)
                 log = self._out / "logs" / f"{cell.folder.name}.log"
                 found[cell.folder] = Child(f"{self._corpus.name}, {cell.title}", command, log)
         return found

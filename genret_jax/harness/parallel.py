@@ -21,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
+from genret_jax.corpus import Corpus
 from genret_jax.errors import UserError
 from genret_jax.training.interruption import Interrupted
 
@@ -50,6 +51,26 @@ class _Running:
     child: Child
     process: subprocess.Popen[bytes]
     began: float
+
+
+def fit_options(
+    method: str, *, size: str | None, gin_files: Sequence[str | Path], bindings: Sequence[str]
+) -> tuple[str, ...]:
+    """The options of `genret fit` that make the recipe which `load_recipe` makes of the same."""
+    given = [f"--method={method}", *([] if size is None else [f"--size={size}"])]
+    given += [f"--gin_file={file}" for file in gin_files]
+    return (*given, *(f"--gin={line}" for line in bindings))
+
+
+def corpus_argument(given: str | Path | Corpus) -> str:
+    """Where other processes find the corpus.
+
+    Raises:
+      UserError: it is in memory.
+    """
+    if isinstance(given, Corpus):
+        raise UserError("several jobs read the corpus from a folder; give that, or jobs = 1")
+    return str(given)
 
 
 def run_side_by_side(children: Sequence[Child], *, jobs: int) -> dict[str, str]:
