@@ -180,7 +180,7 @@ def constrained_beam_search(
       beam: hypotheses kept a query; may exceed the number of identifiers.
       normaliser: "vocabulary": scores are log p over the docid vocabulary; "children": each step
         is renormalised over the tokens that the trie allows there, as T5X's search does, so that
-        the rest of an identifier is certain when it is the only one.
+        the rest of an identifier is certain when it is the only one. A filter changes no score.
       tail_fn: scores in one pass what step_fn would in several; without it, all is done by steps.
       trail: whether to keep all hypotheses of all steps, too.
       look_ahead: added to a hypothesis' log p wherever the search chooses between hypotheses, by
@@ -311,7 +311,9 @@ def _advance(
         alone = jnp.where(token > 0, front.scores + logit - normal, front.scores)
     alone = jnp.where(front.size == 1, alone, -jnp.inf)
 
-    if normal is not None and level < len(trie.dense) and look_ahead is None:
+    # With a filter the dense rows have lost what a normaliser over all children counts.
+    whole = normal is not None or trie.allowed is None
+    if level < len(trie.dense) and look_ahead is None and whole:
         scores, parent, edge, written = _dense_children(front, logits, normal, trie, beam, level)
     else:
         scores, parent, edge, written = _children(
@@ -346,11 +348,13 @@ _Best = tuple[Array, Array, Array, Array]  # [batch, beam] each: scores, parent,
 
 
 def _dense_children(
-    front: _Front, logits: Array, normal: Array, trie: DeviceTrie, beam: int, level: int
+    front: _Front, logits: Array, normal: Array | None, trie: DeviceTrie, beam: int, level: int
 ) -> _Best:
-    """The best children of hypotheses at a level where most tokens are allowed."""
+    """The best children of hypotheses at a level where most tokens are allowed; see `_children`."""
     vocab = logits.shape[-1]
     mask = trie.dense[level][jnp.clip(front.state - level, 0, len(trie.dense[level]) - 1)]
+    if normal is None:
+        normal = jax.nn.logsumexp(logits, axis=-1, where=mask)
     before = jnp.where(front.size > 1, front.scores - normal, -jnp.inf)
     scores = jnp.where(mask, logits + before[..., None], -jnp.inf)
     scores, chosen = _top_k(scores.reshape(scores.shape[0], -1), beam)
@@ -385,14 +389,14 @@ def _children(
       look_ahead: float32[batch, states], or None.
     """
     parent, edge, exists, of_parent = _side_by_side(front, trie, level)
-    if trie.allowed is not None:
-        last = edge + 1 == of_parent(trie.first_edge[front.state + 1])
-        end = jnp.where(last, of_parent(front.end), trie.row_begin[edge + 2])
-        exists &= trie.allowed[end] > trie.allowed[trie.row_begin[edge + 1]]
     token = trie.edge_token[edge].astype(jnp.int32)
     logit = jax.vmap(lambda x, p, t: x[p, t])(logits, parent, token)
     if normal is None:
         normal = _logsumexp_of_children(logit, parent, exists, logits.shape[1])
+    if trie.allowed is not None:
+        last = edge + 1 == of_parent(trie.first_edge[front.state + 1])
+        end = jnp.where(last, of_parent(front.end), trie.row_begin[edge + 2])
+        exists &= trie.allowed[end] > trie.allowed[trie.row_begin[edge + 1]]
     grown = jnp.where(exists, logit + of_parent(front.scores - normal), -jnp.inf)
     scores, chosen = _top_k(grown, beam, _ahead(look_ahead, edge + 1))
     parent, edge, token = (jnp.take_along_axis(x, chosen, axis=1) for x in (parent, edge, token))

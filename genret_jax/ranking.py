@@ -101,14 +101,14 @@ class Ranker:
 
     @functools.cached_property
     def device_trie(self) -> DeviceTrie:
-        return self.trie.on_device()
+        return self.model.trie if self.model.trie is not None else self.trie.on_device()
 
     @functools.cached_property
     def _search(self) -> Any:
         def search(params: Params, *arguments: Any, **options: Any) -> Any:
             return self.model.search_and_embed(restored(params), *arguments, **options)
 
-        return jax.jit(search, static_argnames=("beam", "normaliser"))
+        return jax.jit(search, static_argnames="beam")
 
     @functools.cached_property
     def _embed(self) -> Any:

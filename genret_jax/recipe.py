@@ -123,6 +123,9 @@ class LossConfig:
     """See `genret_jax.modeling.losses.docid_cross_entropy`.
 
     Attributes:
+      normaliser: what the probabilities of docid tokens sum to one over, in training and search:
+        the docid "vocabulary", or the "children" of the prefix in the trie, which leaves nothing to
+        learn about which identifiers exist. With atomic docids both are the same.
       r_drop: weight of the divergence of two passes with dropout, in stage 1 alone; see
         `genret_jax.modeling.losses.symmetric_divergence`. A step then takes about twice as long.
     """
@@ -130,6 +133,7 @@ class LossConfig:
     label_smoothing: float = 0.1
     z_loss: float = 0.0
     r_drop: float = 0.0
+    normaliser: str = "vocabulary"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -418,6 +422,11 @@ def load_recipe(
     files, what = _files(size, gin_files), f"method {method}"
     lines = [*bindings, *([f"TrainConfig.init = {init!r}"] if init is not None else [])]
     parts = _read(Recipe, [base, *files], lines, what=what)
+    if parts["searcher"].module and parts["loss"].normaliser != LossConfig.normaliser:
+        raise UserError(
+            f"LossConfig.normaliser is {parts['loss'].normaliser!r}, but method {method} has no "
+            "docids in a trie while it trains; leave it out"
+        )
     if parts["train"].init:
         checkpoint = open_checkpoint(parts["train"].init)
         dropout = {"NetworkConfig.dropout_rate": checkpoint.config.dropout_rate}
@@ -448,11 +457,12 @@ def load_generator_recipe(
     recipe = GeneratorRecipe(
         **_read(GeneratorRecipe, sources, bindings, what="the query generator")
     )
-    if recipe.loss.r_drop:
-        raise UserError(
-            f"LossConfig.r_drop is {recipe.loss.r_drop}, and a generator of queries has no such "
-            "loss; leave it out"
-        )
+    for name in ("r_drop", "normaliser"):
+        if (found := getattr(recipe.loss, name)) != getattr(LossConfig, name):
+            raise UserError(
+                f"LossConfig.{name} is {found!r}, and a generator of queries has no such "
+                "loss; leave it out"
+            )
     return recipe
 
 

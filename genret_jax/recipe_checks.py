@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from genret_jax.decoding import NORMALISERS
 from genret_jax.errors import UserError
 from genret_jax.modeling.layers import FEED_FORWARD
 
@@ -57,6 +58,7 @@ _CHOICES = {
     "vector": ("decoder_first", "decoder_mean", "encoder_mean"),
     "similarity": ("cosine", "dot"),
     "source": ("model", "bm25"),
+    "normaliser": NORMALISERS,
     "store": ("float32", "bfloat16", "int8"),
 }
 

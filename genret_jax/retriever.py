@@ -137,10 +137,13 @@ class Retriever:
         network = dict(self.about["network"])
         if self.precision == "bfloat16":
             network["dtype"] = "bfloat16"
+        normaliser = self.about.get("recipe", {}).get("loss", {}).get("normaliser", "vocabulary")
         model = RetrievalModel(
             T5Config(**network),
             self.index.vocabulary.docids,
             vector=stage.get("vector", VECTORS[0]),
+            normaliser=normaliser,
+            trie=self.index.trie.on_device() if normaliser == "children" else None,
         )
         return Ranker(
             model=model,

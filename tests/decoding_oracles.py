@@ -200,14 +200,14 @@ def exhaustive(table, start, ids, normaliser) -> dict[tuple[int, ...], float]:
     return {i: score(i) for i in ids}
 
 
-def plain_search(table, start, ids, beam, normaliser, trail=None, ahead=None):
+def plain_search(table, start, ids, beam, normaliser, trail=None, ahead=None, among=None):
     """A beam search as one writes it in Python, and the smallest gap at which it cut.
 
     The beam after each step is appended to `trail`. With `ahead`, prefix -> number, the best by the
-    sum of both are kept.
+    sum of both are kept. "children" are those of `among`, of which a filter leaves `ids`.
     """
     ahead = ahead or (lambda prefix: 0.0)
-    children = children_of(ids)
+    children, counted = children_of(ids), children_of(among or ids)
     beams, gap = [(0.0, ())], math.inf
     while any(prefix not in ids for _, prefix in beams):
         grown = []
@@ -215,9 +215,9 @@ def plain_search(table, start, ids, beam, normaliser, trail=None, ahead=None):
             if prefix in ids:
                 grown.append((score, prefix))
                 continue
-            allowed = children[prefix]
-            step = log_p(table, start, prefix, allowed if normaliser == "children" else None)
-            grown += [(score + step[t], (*prefix, t)) for t in allowed]
+            over = counted[prefix] if normaliser == "children" else None
+            step = log_p(table, start, prefix, over)
+            grown += [(score + step[t], (*prefix, t)) for t in children[prefix]]
         ranked = sorted(((score + ahead(prefix), score, prefix) for score, prefix in grown))[::-1]
         if len(ranked) > beam:
             gap = min(gap, ranked[beam - 1][0] - ranked[beam][0])

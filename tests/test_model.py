@@ -53,9 +53,9 @@ def params_of(model: RetrievalModel):
     return jax.tree_util.tree_map_with_path(make, shapes)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "beam", "normaliser"))
-def search(params, tokens, trie, *, model, beam, normaliser="vocabulary"):
-    return model.search(params, tokens, trie, beam=beam, normaliser=normaliser)
+@functools.partial(jax.jit, static_argnames=("model", "beam"))
+def search(params, tokens, trie, *, model, beam):
+    return model.search(params, tokens, trie, beam=beam)
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -192,14 +192,6 @@ def test_a_tail_in_one_pass_scores_what_score_scores(beam):
         expected = score(params_of(UNTIED), queries(), trie.rows[rows], model=UNTIED)
         np.testing.assert_allclose(result.scores[:, place], expected, atol=1e-4)
     assert all(len(set(rows)) == beam for rows in np.asarray(result.row).tolist())
-
-
-def test_search_passes_the_normaliser_on():
-    with pytest.raises(ValueError, match="normaliser must be one of"):
-        jax.eval_shape(
-            functools.partial(UNTIED.search, beam=2, normaliser="none"),
-            *(params_of(UNTIED), queries(), identifiers().on_device()),
-        )
 
 
 def test_padding_of_the_queries_changes_no_score():

@@ -251,7 +251,8 @@ def test_beam_search_finds_the_same(normaliser):
     queries = Numbered()[2]["encoder_input_tokens"][:4]
 
     def run(config, params):
-        search = functools.partial(model_of(config).search, beam=7, normaliser=normaliser)
+        model = dataclasses.replace(model_of(config), normaliser=normaliser)
+        search = functools.partial(model.search, beam=7)
         return jax.jit(search)(params, queries, trie)
 
     found, wanted = run(SCANNED, stack_layers(params_of())), run(CONFIG, params_of())

@@ -26,9 +26,11 @@ from genret_jax.harness.tables import (
     mean_cell,
     p_cells,
     p_heads,
+    shown_p,
     tests_against,
     write_files,
 )
+from genret_jax.significance import against
 
 FILES = ("ablation.md", "ablation.json", "ablation.csv", "ablation.png")
 
@@ -67,6 +69,23 @@ class Report:
         """Reference ("dogr", the best baseline) -> other row -> metric -> comparison."""
         return tests_against((FULL, self.best_baseline), self.rows)
 
+    @functools.cached_property
+    def beside(self) -> Tests:
+        """Reference -> row that differs from it in one thing -> metric -> comparison.
+
+        What stands beside the full method is in `tests`.
+        """
+        values = {row.name: row.per_query for row in self.rows if row.measured}
+        pairs: dict[str, list[str]] = {}
+        for row in self.rows:
+            reference = getattr(row.entry, "beside", "")
+            if reference in values and row.name in values:
+                pairs.setdefault(reference, []).append(row.name)
+        return {
+            reference: against(values[reference], {name: values[name] for name in names})
+            for reference, names in pairs.items()
+        }
+
     def title(self) -> str:
         seeds = f"seed{'s' if len(self.seeds) > 1 else ''} {', '.join(map(str, self.seeds))}"
         time = f"{self.minutes:g} min a run" if self.minutes else "the recipe's steps"
@@ -82,6 +101,13 @@ class Report:
             "docids": self.docids,
             "best_baseline": self.best_baseline,
             "rows": {row.name: dict_row(row, self.tests) for row in self.rows},
+            "beside": {
+                reference: {
+                    name: {m: dataclasses.asdict(test) for m, test in tests.items()}
+                    for name, tests in rows.items()
+                }
+                for reference, rows in self.beside.items()
+            },
             "failures": self.failures,
         }
 
@@ -112,6 +138,13 @@ class Report:
         ]
         if self.best_baseline:
             notes.append(f"The best baseline by {CHOOSES} is {self.best_baseline}.")
+        for reference, rows in self.beside.items():
+            for name, tests in rows.items():
+                found = ", ".join(
+                    f"{metric} {test.difference:+.3f}, p {shown_p(test.randomisation_holm)}"
+                    for metric, test in tests.items()
+                )
+                notes.append(f"{name} against {reference}: {found}.")
         parts = [f"# {self.title()}", self.table(), " ".join(notes), "\n".join(legend)]
         if self.failures:
             failed = [f"- {name}: {reason}" for name, reason in self.failures.items()]

@@ -128,7 +128,12 @@ def ablate(
         raise UserError(f"split {split!r} has no queries; choose another --split")
 
     def lines(variant: Variant, seed: int) -> list[str]:
-        return [*bindings, *variant.bindings, f"TrainConfig.seed = {seed}"]
+        return [
+            *variant.usual,
+            *bindings,
+            *variant.bindings,
+            f"TrainConfig.seed = {seed}",
+        ]
 
     def recipe(variant: Variant, seed: int) -> Recipe:
         return load_recipe(FULL, size=size, gin_files=gin_files, bindings=lines(variant, seed))
@@ -142,9 +147,10 @@ def ablate(
     bench = _Bench(corpus, read, out, split, minutes)
     baselines = [v for v in BASELINES if v.name != "bm25+q" or read.qrels.get("train")]
     cells: list[Job] = [bench.baseline(variant) for variant in baselines]
+    named = {variant.name: variant for variant in wanted}
     for seed in seeds:
         for variant in wanted:
-            own = variant if variant.group == "docids" else wanted[0]
+            own = named[variant.begins or FULL]
             cells.append(
                 dataclasses.replace(
                     bench.job(variant, seed, recipe(variant, seed), full[seed]),
@@ -236,7 +242,7 @@ class _Bench:
         first = recipe
         if variant.stage == 2:  # stage 1 is one for all that differ in stage 2 alone
             first = dataclasses.replace(recipe, contrastive=full.contrastive)
-        kind = f"-{variant.slug}" if variant.group == "docids" else ""
+        kind = f"-{variant.begins.replace(' ', '-')}" if variant.begins else ""
         stage_one = self._folder(f"stage-1{kind}", seed, first, 1)
         folder = stage_one
         if variant.stage == 2:

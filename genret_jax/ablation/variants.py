@@ -14,6 +14,8 @@ from genret_jax.recipe import Recipe
 log = logging.getLogger(__name__)
 FULL = "dogr"
 DOCIDS = ("keywords", "title", "hierarchical", "rq")
+# Kinds whose docids share prefixes, those first of whose prefixes most is expected.
+_PREFIXES = ("hierarchical", "rq", "pq", "keywords", "subwords", "title", "naive")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,14 +24,20 @@ class Variant(Entry):
 
     Attributes:
       bindings: lines of gin that make the difference.
+      usual: lines that go with it, over which the user's stand.
       stage: where its training ends.
+      begins: the variant whose stage 1 it begins with; "" for the full method's.
       of: the variant whose training it measures, where that is another one.
+      beside: the variant that it differs from in one thing, where that is not the full method.
       scoring: what it is ranked by; the retriever's own choice by default.
     """
 
     bindings: tuple[str, ...] = ()
+    usual: tuple[str, ...] = ()
     stage: int = 2
+    begins: str = ""
     of: str = ""
+    beside: str = ""
     scoring: str | None = None
 
     @property
@@ -113,16 +121,32 @@ def chosen_variants(names: Sequence[str] | None, docids: Sequence[str]) -> list[
         if kind not in KINDS:
             raise UserError(f"docids {kind!r} are not known; choose of {', '.join(KINDS)}")
     rows = [variant for slug, variant in known.items() if slug == FULL or slug in wanted]
-    return rows + [
-        Variant(
-            f"docids {kind}",
-            f"the whole method with identifiers of kind {kind}",
-            "docids",
-            kind,
-            (f"DocidConfig.kind = {kind!r}", "DocidConfig.settings = {}"),
-        )
-        for kind in dict.fromkeys(docids)
-    ]
+    return rows + [_of_kind(kind) for kind in dict.fromkeys(docids)]
+
+
+def _of_kind(kind: str) -> Variant:
+    name = f"docids {kind}"
+    return Variant(
+        name,
+        f"the whole method with identifiers of kind {kind}",
+        "docids",
+        kind,
+        (f"DocidConfig.kind = {kind!r}", "DocidConfig.settings = {}"),
+        # Several tokens are learned from further away than one; this is what dsi-KIND has, too.
+        usual=() if kind == "atomic" else ("TrainConfig.learning_rate = 1e-3",),
+        begins=name,
+    )
+
+
+def _with_kind(loss: Variant, kind: Variant) -> Variant:
+    """A row of a loss, taken away from the method with other identifiers."""
+    return dataclasses.replace(
+        kind,
+        name=f"{kind.name} {loss.name}",
+        what=f"{kind.name}, {loss.what}",
+        bindings=(*kind.bindings, *loss.bindings),
+        beside=kind.name,
+    )
 
 
 def without_repetition(
@@ -130,20 +154,30 @@ def without_repetition(
 ) -> list[Variant]:
     """The variants without those that would repeat another, or leave nothing, with this recipe.
 
+    Where the full method's docids are atomic, which share no prefix, the rows that leave one
+    contrast out stand beside those of the first kind of `_PREFIXES` that has a row.
+
     Raises:
       UserError: a variant would leave out what the recipe has not, or all of stage 2.
     """
     config = full.contrastive
     losses = {"without prefix loss": "prefix", "without retrieval loss": "retrieval"}
     fewest = {"one view": config.pieces == 1, "no query views": True}
-    kept = []
+    kinds = {v.docids: v for v in variants if v.group == "docids"}
+    shared = next((kinds[kind] for kind in _PREFIXES if kind in kinds), None)
+    kept: list[Variant] = []
+    moved: list[Variant] = []
     for variant in variants:
         if variant.name == f"docids {full.docids.kind}":
             log.info("%s: is %s itself", variant.name, FULL)
             continue
         loss = losses.get(variant.name)
         if loss and full.docids.kind == "atomic":
-            log.info("%s: %s, whose docids share no prefix, has one contrast", variant.name, FULL)
+            if shared:
+                moved.append(_with_kind(variant, shared))
+            else:
+                why = "whose docids share no prefix, has one contrast"
+                log.info("%s: %s, %s; give --docids hierarchical", variant.name, FULL, why)
             continue
         if variant.name == "stage 1 all the time" and minutes is None:
             log.info("%s: is stage 1 only, where steps are counted", variant.name)
@@ -158,6 +192,9 @@ def without_repetition(
                 "give it a weight, or choose other --variants"
             )
         kept.append(variant)
+    if shared:
+        place = kept.index(shared) + 1
+        kept[place:place] = moved
     if not config.wanted:
         raise UserError(
             "ContrastiveConfig.prefix and ContrastiveConfig.retrieval are 0, and so dogr has no "

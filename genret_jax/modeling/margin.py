@@ -101,7 +101,7 @@ class MarginModel:
         encoded, decoded = self.model.states(params, batch, rngs[0])
         targets = self.model.docids.to_local(batch["decoder_target_tokens"])
         weights = batch["decoder_loss_weights"]
-        logits = self.model.docid_logits(params, decoded)
+        logits = self.model.written_logits(params, decoded, batch["decoder_input_tokens"])
         generation = docid_cross_entropy(
             logits,
             targets,

@@ -19,9 +19,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from genret_jax.decoding import BeamResult, constrained_beam_search
+from genret_jax.decoding import NORMALISERS, BeamResult, constrained_beam_search
 from genret_jax.device_trie import DeviceTrie
 from genret_jax.modeling import losses
+from genret_jax.modeling.allowed import allowed_tokens
 from genret_jax.modeling.layers import T5Config
 from genret_jax.modeling.network import T5, empty_cache
 from genret_jax.vocabularies import DocidSpace
@@ -41,6 +42,9 @@ class RetrievalModel:
       label_smoothing, z_loss: see `losses.docid_cross_entropy`.
       r_drop: weight of `losses.symmetric_divergence` between two passes in stage 1; 0 makes one.
       vector: which semantic vector; one of VECTORS.
+      normaliser: what probabilities of tokens sum to one over, in losses and scores alike: the
+        docid "vocabulary", or the "children" of the prefix in the trie.
+      trie: the identifiers that exist; needed for "children" where docids are teacher-forced.
     """
 
     config: T5Config
@@ -49,10 +53,14 @@ class RetrievalModel:
     z_loss: float = 0.0
     r_drop: float = 0.0
     vector: str = "decoder_first"
+    normaliser: str = "vocabulary"
+    trie: DeviceTrie | None = dataclasses.field(default=None, hash=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.vector not in VECTORS:
             raise ValueError(f"vector must be one of {VECTORS}, found {self.vector!r}")
+        if self.normaliser not in NORMALISERS:
+            raise ValueError(f"normaliser must be one of {NORMALISERS}, found {self.normaliser!r}")
 
     @property
     def network(self) -> T5:
@@ -99,8 +107,37 @@ class RetrievalModel:
     def teacher_forced(
         self, params: Params, batch: Batch, dropout_rng: Array | None = None
     ) -> Float[Array, "batch length docid_vocab"]:
-        """Logits at every position of `decoder_input_tokens`; with dropout when given a key."""
-        return self.docid_logits(params, self.states(params, batch, dropout_rng)[1])
+        """Logits at every position of `decoder_input_tokens`; with dropout when given a key.
+
+        Those of tokens that do not count in `normaliser` are -inf.
+        """
+        states = self.states(params, batch, dropout_rng)[1]
+        return self.written_logits(params, states, batch["decoder_input_tokens"])
+
+    def written_logits(
+        self,
+        params: Params,
+        states: Float[Array, "*rows length embed"],
+        inputs: Int[Array, "*rows length"],
+    ) -> Float[Array, "*rows length docid_vocab"]:
+        """Logits along docids, of the decoder's states there.
+
+        Args:
+          inputs: what the decoder read, in the model's id space: 0, then what was written before
+            each place. The model's `normaliser` decides by it which logits become -inf.
+
+        Raises:
+          ValueError: the normaliser is "children", and the model has no trie.
+        """
+        logits = self.docid_logits(params, states)
+        if self.normaliser == "vocabulary":
+            return logits
+        if self.trie is None:
+            raise ValueError("normaliser 'children' needs the trie of the identifiers")
+        *rows, length, vocab = logits.shape
+        local = self.docids.to_local(inputs).reshape(-1, length)
+        allowed = allowed_tokens(self.trie, local, vocab)
+        return jnp.where(allowed.reshape(*rows, length, vocab), logits, -jnp.inf)
 
     def states(
         self, params: Params, batch: Batch, dropout_rng: Array | None = None
@@ -242,7 +279,7 @@ class RetrievalModel:
             rngs={} if dropout_rng is None else {"dropout": dropout_rng},
             method=T5.decode,
         )
-        scores = written_log_p(self.docid_logits(params, decoded), flat, flat > 0)
+        scores = written_log_p(self.written_logits(params, decoded, inputs), flat, flat > 0)
         return scores.reshape(batch, columns)
 
     def search(
@@ -252,7 +289,6 @@ class RetrievalModel:
         trie: DeviceTrie,
         *,
         beam: int,
-        normaliser: str = "vocabulary",
         trail: bool = False,
         look_ahead: Float[Array, "batch states"] | None = None,
     ) -> BeamResult:
@@ -289,7 +325,7 @@ class RetrievalModel:
             trie,
             batch=batch,
             beam=beam,
-            normaliser=normaliser,
+            normaliser=self.normaliser,
             tail_fn=tail,
             trail=trail,
             look_ahead=look_ahead,
@@ -302,13 +338,10 @@ class RetrievalModel:
         trie: DeviceTrie,
         *,
         beam: int,
-        normaliser: str = "vocabulary",
         look_ahead: Float[Array, "batch states"] | None = None,
     ) -> tuple[BeamResult, Float[Array, "batch embed"]]:
         """`search`, and the queries' semantic vectors; one program encodes a query once."""
-        found = self.search(
-            params, encoder_tokens, trie, beam=beam, normaliser=normaliser, look_ahead=look_ahead
-        )
+        found = self.search(params, encoder_tokens, trie, beam=beam, look_ahead=look_ahead)
         return found, self.vectors(params, encoder_tokens)
 
 

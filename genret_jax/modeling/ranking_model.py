@@ -111,7 +111,8 @@ class RankingModel:
         tokens = batch["encoder_input_tokens"]
         encoded, decoded = self.model.states(params, batch, rng)
         query = self.model.query_vectors(encoded, decoded, tokens)
-        return self.model.docid_logits(params, decoded), query
+        logits = self.model.written_logits(params, decoded, batch["decoder_input_tokens"])
+        return logits, query
 
     def _documents(
         self, params: Params, batch: Batch, rng: Array | None

@@ -42,7 +42,11 @@ def retrieval_model(recipe: Recipe, index: Index) -> RetrievalModel:
         learned_temperature=second.wanted and second.learned_temperature,
     )
     return RetrievalModel(
-        config, index.vocabulary.docids, vector=second.vector, **dataclasses.asdict(recipe.loss)
+        config,
+        index.vocabulary.docids,
+        vector=second.vector,
+        trie=index.trie.on_device() if recipe.loss.normaliser == "children" else None,
+        **dataclasses.asdict(recipe.loss),
     )
 
 

@@ -12,7 +12,8 @@ documents that carry the token:
 - Cross-attention in the last decoder layer averages over the input: its queries are zero, and its
   value and output matrices are each other's transposes, without that extra dimension.
 - Every other layer begins as the identity: its output matrices are zero.
-- A docid token's output column is the mean direction of the documents that carry it.
+- A docid token's output column is the mean direction of the documents that carry it. What it is
+  read by is faint, so that the second token is chosen by the same words as the first.
 - Adam moves every number by about the learning rate, so the matrices that hold the analysis are
   made of larger numbers, and the norms before them give smaller ones: the product is the same, and
   a step changes it less than it changes what begins at zero.
@@ -39,6 +40,7 @@ _SATURATION = 1.5  # BM25's k1
 _LENGTH = 0.4  # BM25's b
 COMMON = 95  # percentile of the pieces' weights that counts as full weight
 GAIN = 4.0  # by which matrices are larger and norms smaller
+_FAINT = 0.1  # of a fresh embedding is what a docid token is read by
 _SHARPNESS = 1.5  # logits at the start are up to this times sqrt(embed)
 
 
@@ -107,6 +109,7 @@ def _matching(
         rows[:, :rank] = columns * config.embed_dim**0.5
         params["token_embedder"]["embedding"][block] = rows
     else:
+        params["token_embedder"]["embedding"][block] *= _FAINT
         kernel = params["decoder"]["logits_dense"]["kernel"]
         kernel[:, block] = 0.0
         kernel[:rank, block] = columns.T
