@@ -207,8 +207,11 @@ def evaluate(arguments: argparse.Namespace) -> None:
     searchers = {retriever.name: Asked(retriever, **options), **searchers}
     comparison = compare_searchers(searchers, corpus, split=arguments.split)
     folder = find_retriever(Path(arguments.run_folder))
-    paths = comparison.write(folder)
-    _add_metrics(folder / "metrics.json", arguments.split, comparison.methods[retriever.name])
+    # What another search than the default one found stands beside what that one found.
+    search = [f"{name}-{value}" for name, value in _given(arguments).items()]
+    name = "-".join([arguments.split, *search]).replace("_", "-")
+    paths = comparison.write(folder, name)
+    _add_metrics(folder / "metrics.json", name, comparison.methods[retriever.name])
     _print(
         arguments,
         comparison.to_dict(),
@@ -224,9 +227,7 @@ def _ranking_options(
     """--weights, and --beam, --scoring and --look-ahead, for what has them."""
     from genret_jax.retriever import DEFAULT_BEAM, Retriever
 
-    names = ("weights", "beam", "scoring", "look_ahead")
-    given = {name: getattr(arguments, name) for name in names}
-    given = {name: value for name, value in given.items() if value is not None}
+    given = _given(arguments)
     if isinstance(retriever, Retriever):
         retriever = retriever.with_weights(given.pop("weights", "float32"))
         return retriever, {"beam": DEFAULT_BEAM, **given}
@@ -239,10 +240,17 @@ def _ranking_options(
     return retriever, {}
 
 
-def _add_metrics(path: Path, split: str, values: dict[str, float]) -> None:
+def _given(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What is said of the search, by name."""
+    names = ("weights", "beam", "scoring", "look_ahead")
+    given = {name: getattr(arguments, name) for name in names}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _add_metrics(path: Path, name: str, values: dict[str, float]) -> None:
     from genret_jax.files import replace_on_success
 
-    metrics = {**json.loads(path.read_text()), split: values}
+    metrics = {**json.loads(path.read_text()), name: values}
     with replace_on_success(path) as temporary:
         temporary.write_text(json.dumps(metrics, indent=1))
 

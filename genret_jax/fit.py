@@ -24,6 +24,7 @@ from typing import Any
 import jax
 
 from genret_jax.corpus import Corpus, read_corpus
+from genret_jax.docids.build import check_kind
 from genret_jax.errors import UserError
 from genret_jax.files import replace_on_success
 from genret_jax.indexing import Index, build_index, documents_digest, vocabulary_identity
@@ -93,6 +94,8 @@ def fit(
       Interrupted: after SIGTERM or Ctrl-C, once a checkpoint is written.
     """
     _check(recipe, minutes, stage, from_t5x, peak_flops)
+    if stage_one:
+        _check_stage_one(Path(stage_one), recipe, stage)
     out, home, given = Path(out), Path(stage_one or out), corpus
     clock = Clock(minutes * 60 if minutes else None, started=started, reserve=_RESERVE_SECONDS)
     path, corpus = processes.everywhere(lambda: read_given(given))
@@ -190,6 +193,7 @@ def _check(
     peak_flops: float | None,
 ) -> None:
     check_minutes(minutes)
+    check_kind(recipe.docids.kind)
     if from_t5x and stage is None:
         raise UserError("--from-t5x takes one stage; give --stage 1 or --stage 2")
     if from_t5x and stage == 2 and recipe.contrastive.rank:
@@ -261,12 +265,7 @@ def _stage_one(
     Raises:
       UserError: it is not there, or not what stage 1 of this run would be.
     """
-    if stage == 1 or not recipe.contrastive.wanted:
-        raise UserError("stage 1 of another run is given, but no stage 2 is wanted; leave it out")
-    there = _stage_of(folder) if (folder / "run.json").is_file() else 0
-    if there != 1:
-        found = "no retriever of a run" if there == 0 else "a retriever of stage 2"
-        raise UserError(f"{folder}: holds {found}; give a run made with --stage 1")
+    _check_stage_one(folder, recipe, stage)
     retriever = Retriever.load(folder)
     about, mark = retriever.about, json.loads((folder / "run.json").read_text(encoding="utf-8"))
     if mark.get("run") != _identity(about["recipe"], corpus, split):
@@ -286,6 +285,15 @@ def _stage_one(
     params = jax.device_get(retriever.params)
     result = TrainResult(params, training["best_step"], about["dev"], training["steps"])
     return _StageOne(result, float(training["seconds"]), digest)
+
+
+def _check_stage_one(folder: Path, recipe: Recipe, stage: int | None) -> None:
+    if stage == 1 or not recipe.contrastive.wanted:
+        raise UserError("stage 1 of another run is given, but no stage 2 is wanted; leave it out")
+    there = _stage_of(folder) if (folder / "run.json").is_file() else 0
+    if there != 1:
+        found = "no retriever of a run" if there == 0 else "a retriever of stage 2"
+        raise UserError(f"{folder}: holds {found}; give a run made with --stage 1")
 
 
 def _identity(recipe: dict[str, Any], corpus: Corpus, split: Split, *more: str) -> str:

@@ -100,7 +100,8 @@ class DataConfig:
       held_out: share of the train queries that are held out as dev in a corpus without dev split.
       held_out_documents: share of the documents with train queries whose queries are all held out,
         in a corpus where other documents have none: so dev tells how such documents are to be
-        ranked. 50 documents at least, 5 % of those with train queries at most; 0 for none.
+        ranked. 50 documents at least, 5 % of those with train queries at most; 0 for none, and
+        none where `held_out` is 0 and the corpus has no dev split.
       unseen_share: how much dev queries about documents without train queries count, where they are
         told apart, in dev metrics and in the weights of fusion; the other queries count the rest.
     """

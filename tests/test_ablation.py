@@ -447,10 +447,43 @@ def test_variants_that_would_repeat_another_are_left_out():
     usual = kept()
     assert losses | views <= usual and "docids keywords" not in usual
     assert kept(minutes=5.0) - usual == {"stage 1 all the time"}
-    assert usual - kept("DocidConfig.kind = 'atomic'") == losses
+    atomic = kept("DocidConfig.kind = 'atomic'")
+    assert usual - atomic == losses
+    assert atomic - usual == {"docids keywords", *(f"docids rq {loss}" for loss in losses)}
     no_queries = "ContrastiveConfig.queries = 0"
     assert usual - kept(no_queries) == {"no query views"}, "one view is still fewer"
     assert usual - kept(no_queries, "ContrastiveConfig.pieces = 1") == views
+
+
+def test_losses_stand_with_docids_that_share_prefixes(collection, tmp_path, pretended):
+    """Where the full method's docids are atomic; from the stage 1 of those docids."""
+    atomic = ["--gin", "DocidConfig.kind = 'atomic'", "--seeds", "0,1"]
+    more = [*atomic, "--docids", "title,rq", "--variants", "without-prefix-loss"]
+    assert main(command(collection, tmp_path / "out", *more)) == 0
+    names = [name for name, _ in pretended]
+    assert sorted(names[:5]) == sorted(set(names[:5])) and len(names) == 2 * (2 + 2 + 2 + 1)
+    settings = dict(pretended)["docids-rq-without-prefix-loss-seed-1"]
+    assert settings["stage_one"].name.startswith("stage-1-docids-rq-seed-1")
+    recipe = settings["recipe"]
+    assert (recipe.docids.kind, recipe.contrastive.prefix) == ("rq", 0) < ("rq", 0.1)
+    assert recipe.contrastive.retrieval > 0
+    report = json.loads((tmp_path / "out" / "ablation.json").read_text())
+    rows = list(report["rows"])
+    assert rows[rows.index("docids rq") + 1] == "docids rq without prefix loss"
+    found = report["beside"]["docids rq"]["docids rq without prefix loss"]["mrr@10"]
+    means = [report["rows"][name]["mean"]["mrr@10"] for name in rows[-2:]]
+    assert found["difference"] == pytest.approx(means[1] - means[0])
+    text = (tmp_path / "out" / "ablation.md").read_text()
+    assert "docids rq without prefix loss against docids rq: hits@1 +0.000, p 1.000" in text
+
+
+def test_what_is_usual_gives_way_to_what_is_asked_for(collection, tmp_path, pretended):
+    arguments = command(collection, tmp_path / "out", "--docids", "rq", "--variants", "")
+    assert main(arguments) == 0
+    assert dict(pretended)["docids-rq-seed-0"]["recipe"].train.learning_rate == 1e-3
+    asked = ["--gin", "TrainConfig.learning_rate = 5e-4"]
+    assert main([*arguments, *asked]) == 0
+    assert dict(pretended)["docids-rq-seed-0"]["recipe"].train.learning_rate == 5e-4
 
 
 @pytest.mark.parametrize(("name", "most"), [("one view", 1), ("no query views", 16)])

@@ -16,6 +16,7 @@ from genret_jax import Retriever, UserError
 from genret_jax.cli import main
 from genret_jax.corpus import read_run, write_corpus
 from genret_jax.evaluation import evaluate
+from genret_jax.fit import fit
 from genret_jax.indexing import Index
 from genret_jax.recipe import DataConfig, load_recipe, methods
 from genret_jax.splitting import split_corpus
@@ -151,6 +152,14 @@ def test_evaluate(run, collection, capsys, tmp_path):
         )
     assert (run / "retriever" / "comparison-test.png").exists()
     assert "bm25" in (run / "retriever" / "comparison-test.md").read_text()
+    kept = json.loads((run / "retriever" / "metrics.json").read_text())["test"]
+    assert kept == methods_found["dogr"]
+    assert main(["evaluate", str(run), "--beam", "1", "--scoring", "generation", "--json"]) == 0
+    one = _json(capsys)["methods"]["dogr"]
+    metrics = json.loads((run / "retriever" / "metrics.json").read_text())
+    assert metrics["test"] == kept, "another search does not take its place"
+    assert metrics["test-beam-1-scoring-generation"] == one
+    assert (run / "retriever" / "comparison-test-beam-1-scoring-generation.md").exists()
 
 
 def test_info_and_index(run, collection, capsys, tmp_path):
@@ -354,6 +363,20 @@ def test_recipes_load_and_later_bindings_win():
 def test_values_that_cannot_be_are_refused(binding, message):
     with pytest.raises(UserError, match=message):
         load_recipe("dsi", bindings=[binding])
+
+
+@pytest.mark.parametrize(
+    ("binding", "settings", "message"),
+    [
+        ("DocidConfig.kind = 'numbers'", {}, "unknown kind of docids 'numbers'"),
+        ("TrainConfig.seed = 1", {"stage_one": "no/such/run"}, "holds no retriever of a run"),
+        ("ContrastiveConfig.retrieval = 0.0", {"stage_one": "run"}, "no stage 2 is wanted"),
+    ],
+)
+def test_mistakes_are_told_before_the_corpus_is_read(binding, settings, message, tmp_path):
+    recipe = load_recipe("dogr", bindings=["ContrastiveConfig.prefix = 0.0", binding])
+    with pytest.raises(UserError, match=message):
+        fit(tmp_path / "no corpus", recipe=recipe, out=tmp_path / "run", **settings)
 
 
 def test_python_names_are_the_documented_ones():

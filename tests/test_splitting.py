@@ -66,17 +66,24 @@ def test_nothing_changes_where_it_would_not_serve(corpus, share):
     assert split.unseen_documents(len(corpus.documents)) is None
 
 
+def test_without_held_out_queries_there_is_no_dev_of_unseen_ones_alone():
+    split = _split(_corpus(), held_out=0.0)
+    assert not split.dev_queries and not split.unseen and len(split.pairs) == 2400
+    own = _split(_corpus(dev=range(50)), held_out=0.0)
+    assert own.unseen < own.dev_queries.keys(), "a corpus's own dev split is another matter"
+
+
 def test_what_they_count_is_the_recipes():
     assert _split(_corpus(), unseen_share=0.25).unseen_share == 0.25
 
 
 def test_never_more_documents_than_there_are_without_queries():
-    split = _split(_corpus(seen=2000, unseen=25, queries=2), held_out=0.0)
+    split = _split(_corpus(seen=2000, unseen=25, queries=2), held_out=1e-4)
     assert len(set(range(2000)) - _named(split.pairs)) == 25
 
 
 def test_a_share_of_many_documents():
-    split = _split(_corpus(seen=3000, unseen=500, queries=2), dev_queries=10_000, held_out=0.0)
+    split = _split(_corpus(seen=3000, unseen=500, queries=2), dev_queries=10_000, held_out=1e-4)
     assert len(set(range(3000)) - _named(split.pairs)) == 90 and len(split.unseen) == 180
 
 

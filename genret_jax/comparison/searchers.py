@@ -60,9 +60,9 @@ class Comparison:
             lines.append(f"- {first} against {name}: {values}")
         return "\n".join(lines)
 
-    def write(self, folder: str | Path) -> list[Path]:
-        """Writes comparison-SPLIT.json, .md and .png; returns their paths."""
-        stem = Path(folder) / f"comparison-{self.split}"
+    def write(self, folder: str | Path, name: str = "") -> list[Path]:
+        """Writes comparison-NAME.json, .md and .png; returns their paths. NAME is the split's."""
+        stem = Path(folder) / f"comparison-{name or self.split}"
         paths = [stem.with_name(f"{stem.name}{end}") for end in (".json", ".md", ".png")]
         with replace_on_success(paths[0]) as temporary:
             temporary.write_text(json.dumps(self.to_dict(), indent=1))

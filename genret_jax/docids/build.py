@@ -57,6 +57,12 @@ KINDS: Mapping[str, Kind] = {
 }
 
 
+def check_kind(kind: str) -> None:
+    """UserError for a kind of docids that is not in `KINDS`."""
+    if kind not in KINDS:
+        raise UserError(f"unknown kind of docids {kind!r}: give one of {', '.join(KINDS)}")
+
+
 def build_docids(
     kind: str,
     documents: Sequence[Document],
@@ -88,8 +94,7 @@ def build_docids(
       >>> table.text(0)
       'red'
     """
-    if kind not in KINDS:
-        raise UserError(f"unknown kind of docids {kind!r}: give one of {', '.join(KINDS)}")
+    check_kind(kind)
     if not documents:
         raise UserError("there are no documents to build docids for: give a corpus that has some")
     family = KINDS[kind]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -14,6 +15,7 @@ from genret_jax.errors import UserError
 if TYPE_CHECKING:
     from genret_jax.corpus import Document
 
+log = logging.getLogger(__name__)
 # (queries, k) -> positions of at most k documents for each query, best first.
 Search: TypeAlias = Callable[[list[str], int], Sequence[Any]]
 
@@ -87,6 +89,7 @@ def mine(
     if count < 1 or batch < 1:
         raise UserError(f"negatives: count {count}, batch {batch}; give 1 or more of each")
     out = np.full((len(queries), count), -1, np.int32)
+    log.info("%s: %d queries", description, len(queries))
     with tqdm(total=len(queries), unit="query", desc=description, disable=None) as bar:
         for start in range(0, len(queries), batch):
             if keep_going and not keep_going():

@@ -231,7 +231,9 @@ class Stepper:
         """Compiles the step for every shape of batch, so that no step is slow later."""
         self._shardings = jax.tree.map(lambda x: x.sharding, state)
         step = jax.jit(self._step, donate_argnums=0, out_shardings=(self._shardings, None))
-        for batch in tqdm(batches.shapes(), desc="compiling", disable=None, leave=False):
+        shapes = list(batches.shapes())
+        log.info("compiling the training step, for %d shapes of batches", len(shapes))
+        for batch in tqdm(shapes, desc="compiling", disable=None, leave=False):
             arrays = partitioning.global_batch(self.mesh, batch)
             key = arrays["encoder_input_tokens"].shape
             self._compiled[key] = step.lower(state, arrays, np.float32(0)).compile()
