@@ -463,3 +463,21 @@ def test_a_learned_temperature_is_saved_with_the_weights(tmp_path):
     found = load_weights(tmp_path / "w")
     assert found["log_temperature"].shape == () and found["log_temperature"] == -0.5
     assert found["a"]["b"].shape == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("steps", "second", "times"),
+    [(1, 0, (1, 1)), (10, 0, (3, 6)), (10_000, 0, (4, 8)), (1, 10, (3, 6)), (1, 10_000, (4, 8))],
+)
+def test_examples_are_read_as_often_as_the_longer_stage_draws_them(run, steps, second, times):
+    """40 train queries and 8 documents; batches of 16, of which three tenths are of documents."""
+    more = [
+        f"TrainConfig.steps = {steps}",
+        f"ContrastiveConfig.steps = {max(1, second)}",
+        "DataConfig.indexing_share = 0.3",
+        "DataConfig.word_dropout = 0.2",
+    ]
+    off = ["ContrastiveConfig.prefix = 0.0", "ContrastiveConfig.retrieval = 0.0"]
+    recipe = load_recipe("dogr", bindings=[*FAST, *more, *([] if second else off)])
+    pools = {pool.name: len(pool) for pool in _materials(recipe, Index.load(run / "index")).pools}
+    assert pools == {"genret_retrieval": 40 * times[0], "genret_indexing": 8 * times[1]}

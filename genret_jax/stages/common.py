@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
+import jax
 import numpy as np
 from jaxtyping import Bool, Float64, Int
 
@@ -30,6 +32,7 @@ from genret_jax.trec import Run
 log = logging.getLogger(__name__)
 DEV_BEAM = 10
 _DEV_METRICS = ("hits@1", "hits@10", "mrr@10")
+_QUERY_PASSES = 4  # over train queries, each time with other words left out, at most
 _MOST_PIECES = 400_000  # of documents, read before training begins: two minutes of a CPU
 _TASKS = "genret"
 
@@ -41,11 +44,13 @@ def retrieval_model(recipe: Recipe, index: Index) -> RetrievalModel:
         recipe.network.t5(index.vocabulary.size),
         learned_temperature=second.wanted and second.learned_temperature,
     )
+    with jax.ensure_compile_time_eval():  # a caller may be tracing already
+        trie = index.trie.on_device() if recipe.loss.normaliser == "children" else None
     return RetrievalModel(
         config,
         index.vocabulary.docids,
         vector=second.vector,
-        trie=index.trie.on_device() if recipe.loss.normaliser == "children" else None,
+        trie=trie,
         **dataclasses.asdict(recipe.loss),
     )
 
@@ -176,16 +181,30 @@ class Materials:
             100 * settings["indexing_share"],
         )
         register(_TASKS, examples, SeqioVocabulary(self.index.vocabulary), **settings)
-        most = max(1, _MOST_PIECES // len(self.documents))
+        indexing = settings["indexing_share"]
+        most = min(data.indexing_passes, max(1, _MOST_PIECES // len(self.documents)))
+        again = _QUERY_PASSES if data.word_dropout else 1  # without it all passes are alike
         return materialise(
             _TASKS,
             lengths={"inputs": self.input_length, "targets": self.index.trie.max_length},
             passes={
-                "indexing": min(data.indexing_passes, most),
-                "retrieval": 4 if data.word_dropout else 1,
+                "indexing": min(most, self._passes(indexing, len(self.documents))),
+                "retrieval": min(again, self._passes(1 - indexing, examples.real)),
             },
             seed=self.recipe.train.seed,
         )
+
+    @property
+    def draws(self) -> int:
+        """Examples that the recipe's steps draw, of the longer stage."""
+        first, second = self.recipe.train, self.recipe.contrastive
+        drawn = [first.steps * first.batch_size]
+        drawn += [second.steps * second.batch_size] if second.wanted else []
+        return max(drawn)
+
+    def _passes(self, share: float, examples: int) -> int:
+        """Times that so many examples are drawn, with their share of all; at least once."""
+        return max(1, math.ceil(share * self.draws / max(examples, 1)))
 
     def batches(self, pools: Sequence[Pool], *, batch_size: int, longest: int = 0) -> Batches:
         """Batches of the pools, whose inputs have `longest` tokens (by default input_length)."""

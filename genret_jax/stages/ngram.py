@@ -152,6 +152,7 @@ class NgramTraining:
             self.materials.index.vocabulary,
         )
         data, seed = materials.recipe.data, materials.recipe.train.seed
+        most = min(_MOST_EXAMPLES, max(materials.draws, _START_EXAMPLES))
         register_ngrams(
             _TASKS,
             examples,
@@ -162,8 +163,8 @@ class NgramTraining:
                 piece_idf(examples, vocabulary.text_size),
                 vocabulary.starts_word,
             ),
-            spans=min(self.settings.spans, max(1, _MOST_EXAMPLES // max(1, len(examples.queries)))),
-            pieces=min(data.indexing_passes, max(1, _MOST_EXAMPLES // len(materials.documents))),
+            spans=min(self.settings.spans, max(1, most // max(1, len(examples.queries)))),
+            pieces=min(data.indexing_passes, max(1, most // len(materials.documents))),
             indexing_share=examples.indexing_share(data.indexing_share),
             title_share=data.title_share,
             word_dropout=data.word_dropout,
