@@ -299,11 +299,22 @@ class HuggingFace:
         result = self.run(number)
         shape = (self.problem.batch, self.beam, -1)
         tokens = result.sequences.cpu().numpy()[:, 1:].reshape(shape)
-        scores = result.sequences_scores
+        scores = getattr(result, "sequences_scores", None)  # a beam of one is greedy, and has none
+        if scores is None:
+            scores = self._log_p(number, result.sequences)
         return Found(
-            self.problem.docids.to_local(tokens),
-            None if scores is None else scores.float().cpu().numpy().reshape(shape[:2]),
+            self.problem.docids.to_local(tokens), scores.float().cpu().numpy().reshape(shape[:2])
         )
+
+    def _log_p(self, number: int, sequences: Any) -> Any:
+        """float[batch]: of what was written, teacher-forced."""
+        import torch
+
+        queries = torch.from_numpy(self.problem.queries(number)).long().to(self.device)
+        with torch.inference_mode():
+            logits = self.model(input_ids=queries, decoder_input_ids=sequences[:, :-1]).logits
+        log_p = torch.log_softmax(logits.float(), -1)
+        return torch.gather(log_p, -1, sequences[:, 1:, None])[..., 0].sum(-1)
 
     def memory(self) -> int | None:
         import torch
