@@ -219,6 +219,7 @@ def grid(arguments: argparse.Namespace) -> Iterator[tuple[Problem, int]]:
             vocab=arguments.vocab,
             length=arguments.length,
             dtype=arguments.dtype,
+            normaliser=arguments.normaliser,
         )
         yield problem, beam
 
@@ -316,6 +317,7 @@ def growth(
                 shape=arguments.shapes[0],
                 batch=arguments.batch[0],
                 dtype=arguments.dtype,
+                normaliser=arguments.normaliser,
             )
             request = {"problem": dataclasses.asdict(problem), "beam": beam}
             worker.ask(do="prepare", part=arguments.part, **request)
@@ -374,6 +376,12 @@ def main() -> None:
     )
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument(
+        "--normaliser",
+        choices=("vocabulary", "children"),
+        default="vocabulary",
+        help="what probabilities sum to one over: as the model was trained",
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--growth", metavar="PNG", help="time over --ids instead, and its picture")
     parser.add_argument(

@@ -98,7 +98,7 @@ class Ours:
             "build_s": built,
             "bytes": trie.num_bytes,
             "device_bytes": on_device.num_bytes,
-            "normaliser": "docid tokens and EOS",
+            "normaliser": problem.normalised_over,
         }
         if part == "search":
             self._of_number = problem.queries
@@ -130,7 +130,13 @@ class Ours:
             return jnp.moveaxis(jax.lax.map(log_p, places), 0, 2)
 
         return constrained_beam_search(
-            step, (), trie, batch=self.problem.batch, beam=self.beam, tail_fn=tail
+            step,
+            (),
+            trie,
+            batch=self.problem.batch,
+            beam=self.beam,
+            normaliser=self.problem.normaliser,
+            tail_fn=tail,
         )
 
     def run(self, number: int) -> Any:
@@ -268,7 +274,11 @@ class HuggingFace:
             for token in row:
                 node = node.setdefault(token, {})
         built = time.process_time() - began
-        self.about = {"build_s": built, "bytes": _size(self.trie), "normaliser": "the same"}
+        self.about = {
+            "build_s": built,
+            "bytes": _size(self.trie),
+            "normaliser": problem.normalised_over,
+        }
 
     def _allowed(self, batch: int, tokens: Any) -> list[int]:
         node = self.trie
@@ -276,7 +286,7 @@ class HuggingFace:
             node = node.get(token, {})
         return list(node) or [1]
 
-    def run(self, number: int) -> Any:
+    def run(self, number: int, scores: bool = False) -> Any:
         import torch
 
         with torch.inference_mode():
@@ -288,22 +298,25 @@ class HuggingFace:
                 length_penalty=0.0,
                 do_sample=False,
                 prefix_allowed_tokens_fn=self._allowed,
+                renormalize_logits=self.problem.normaliser == "children",
                 return_dict_in_generate=True,
-                output_scores=False,
+                output_scores=scores,
             )
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         return found
 
     def found(self, number: int) -> Found:
-        result = self.run(number)
+        result = self.run(number, scores=True)
         shape = (self.problem.batch, self.beam, -1)
         tokens = result.sequences.cpu().numpy()[:, 1:].reshape(shape)
-        scores = getattr(result, "sequences_scores", None)  # a beam of one is greedy, and has none
-        if scores is None:
+        # A beam of one is greedy, and has no scores.
+        scores = getattr(result, "sequences_scores", None)
+        if scores is None and self.problem.normaliser == "vocabulary":
             scores = self._log_p(number, result.sequences)
         return Found(
-            self.problem.docids.to_local(tokens), scores.float().cpu().numpy().reshape(shape[:2])
+            self.problem.docids.to_local(tokens),
+            None if scores is None else scores.float().cpu().numpy().reshape(shape[:2]),
         )
 
     def _log_p(self, number: int, sequences: Any) -> Any:
@@ -381,6 +394,8 @@ class Static:
             raise ValueError("static: part step only")
         if problem.kind == "variable":
             raise ValueError("static: identifiers of one length only")
+        if problem.normaliser == "children":
+            raise ValueError("static: normalises over the vocabulary")
         self.problem, self.beam = problem, beam
         tokens = problem.tokens
         began = time.process_time()

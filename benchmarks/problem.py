@@ -54,6 +54,8 @@ class Problem:
       batch: queries at a time.
       query_length: encoder tokens of a query.
       dtype: of weights and activations, "float32" or "bfloat16".
+      normaliser: "vocabulary", or "children": of each step's probabilities, as a model was trained;
+        see `genret_jax.modeling.allowed`.
       seed: of everything.
     """
 
@@ -65,6 +67,7 @@ class Problem:
     batch: int = 1
     query_length: int = 32
     dtype: str = "float32"
+    normaliser: str = "vocabulary"
     seed: int = 0
 
     @property
@@ -95,7 +98,11 @@ class Problem:
 
     @property
     def model(self) -> RetrievalModel:
-        return RetrievalModel(self.config, self.docids)
+        return RetrievalModel(self.config, self.docids, normaliser=self.normaliser)
+
+    @property
+    def normalised_over(self) -> str:
+        return "children" if self.normaliser == "children" else "docid tokens and EOS"
 
     @property
     def params(self) -> Any:
