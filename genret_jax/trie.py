@@ -108,6 +108,11 @@ class Trie:
             found.append(np.repeat(np.arange(len(states), dtype=np.int32)[::-1], states))
         return tuple(found)
 
+    @property
+    def choices_end(self) -> int:
+        """Tokens after which no identifier has a choice left; at least 1."""
+        return max(1, sum(1 for counts in self.children_by_level if counts.size))
+
     def report(self) -> dict[str, object]:
         """States, bytes, and the width of each level that has children."""
         widths = [c for c in self.children_by_level if c.size]

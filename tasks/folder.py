@@ -157,7 +157,7 @@ def _open(corpus: str, run: str, recipe: Recipe | None, pseudo_queries: str | No
 
 
 def _lengths(materials: Materials) -> dict[str, int]:
-    return {"inputs": materials.input_length, "targets": materials.index.trie.max_length}
+    return {"inputs": materials.input_length, "targets": materials.target_length}
 
 
 def mined(materials: Materials, run: Path) -> Negatives:

@@ -175,6 +175,17 @@ def test_gradients_are_numbers_and_leave_the_rest_alone(changed):
     assert set(touched) <= {*DOCIDS.to_model(np.array(sorted(choices))).tolist(), 1}
 
 
+def test_nothing_is_learned_after_the_last_choice():
+    """A loss over docids that are cut there is the same sum over fewer tokens."""
+    end = trie().choices_end
+    rows = trie().rows.astype(np.int32)
+    assert end == 4 < rows.shape[1] and trie().report()["width_max"][-1] == 2
+    whole, cut = (model().loss_fn(params(), batch_of(r))[0] for r in (rows, rows[:, :end]))
+    tokens = [(r > 0).sum() for r in (rows, rows[:, :end])]
+    assert tokens[1] < tokens[0]
+    assert float(cut) * tokens[1] == pytest.approx(float(whole) * tokens[0], rel=1e-5)
+
+
 def test_without_a_trie_there_are_no_children():
     lost = dataclasses.replace(model(), trie=None)
     with pytest.raises(ValueError, match="needs the trie"):

@@ -186,13 +186,19 @@ class Materials:
         again = _QUERY_PASSES if data.word_dropout else 1  # without it all passes are alike
         return materialise(
             _TASKS,
-            lengths={"inputs": self.input_length, "targets": self.index.trie.max_length},
+            lengths={"inputs": self.input_length, "targets": self.target_length},
             passes={
                 "indexing": min(most, self._passes(indexing, len(self.documents))),
                 "retrieval": min(again, self._passes(1 - indexing, examples.real)),
             },
             seed=self.recipe.train.seed,
         )
+
+    @property
+    def target_length(self) -> int:
+        """Docid tokens to learn: what follows the last choice in the trie may cost nothing."""
+        trie = self.index.trie
+        return trie.choices_end if self.recipe.loss.normaliser == "children" else trie.max_length
 
     @property
     def draws(self) -> int:
