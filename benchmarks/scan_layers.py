@@ -31,10 +31,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from problem import Problem  # noqa: E402
 from train_step import DOCIDS, TEXT, _Batches, random_batch  # noqa: E402
 
+from genret_jax.configs import TrainConfig  # noqa: E402
 from genret_jax.modeling.layers import T5Config  # noqa: E402
 from genret_jax.modeling.model import RetrievalModel  # noqa: E402
 from genret_jax.modeling.stacking import unstack_layers  # noqa: E402
-from genret_jax.recipe import TrainConfig  # noqa: E402
 from genret_jax.training.partitioning import make_mesh  # noqa: E402
 from genret_jax.training.trainer import Stepper, TrainState  # noqa: E402
 from genret_jax.trie import build_trie  # noqa: E402

@@ -25,9 +25,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from genret_jax.configs import TrainConfig
 from genret_jax.modeling.layers import T5Config
 from genret_jax.modeling.model import RetrievalModel
-from genret_jax.recipe import TrainConfig
 from genret_jax.training.optimizers import optimizer_at
 from genret_jax.training.partitioning import make_mesh
 from genret_jax.training.trainer import Stepper

@@ -14,13 +14,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from genret_jax.configs import DocidConfig, VocabularyConfig
 from genret_jax.corpus import Corpus, Document
 from genret_jax.docids.build import build_docids
 from genret_jax.docids.table import EOS_LABEL, FIRST_ID, PAD_LABEL, DocidTable
 from genret_jax.documents import DocumentStore, write_documents
 from genret_jax.errors import UserError
 from genret_jax.files import replace_on_success
-from genret_jax.recipe import DocidConfig, VocabularyConfig
 from genret_jax.trie import Trie, build_trie
 from genret_jax.vocabularies import Vocabulary, read_text_model, train_text_model
 

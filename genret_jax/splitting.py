@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Bool
 
+from genret_jax.configs import DataConfig
 from genret_jax.corpus import Corpus, Qrels
-from genret_jax.recipe import DataConfig
 
 log = logging.getLogger(__name__)
 _FEWEST = 20  # queries, or documents, below which none is held out

@@ -9,6 +9,7 @@ import seqio
 import tensorflow as tf
 from tiny import tiny_corpus
 
+from genret_jax.configs import ContrastiveConfig
 from genret_jax.data.batches import Batches, materialise
 from genret_jax.data.contrastive import (
     ContrastiveBatches,
@@ -31,7 +32,6 @@ from genret_jax.modeling.layers import T5Config
 from genret_jax.modeling.model import RetrievalModel
 from genret_jax.modeling.ranking_model import RankingModel
 from genret_jax.negatives import Negatives, known_positives
-from genret_jax.recipe import ContrastiveConfig
 from genret_jax.vocabularies import Vocabulary, train_text_model
 
 # Of several lengths; the last two documents share one.

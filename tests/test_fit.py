@@ -14,11 +14,12 @@ from tiny import FAST, tiny_corpus
 
 from genret_jax import Retriever, UserError
 from genret_jax.cli import main
+from genret_jax.configs import DataConfig
 from genret_jax.corpus import read_run, write_corpus
 from genret_jax.evaluation import evaluate
 from genret_jax.fit import fit
 from genret_jax.indexing import Index
-from genret_jax.recipe import DataConfig, load_recipe, methods
+from genret_jax.recipe import load_recipe, methods
 from genret_jax.splitting import split_corpus
 
 pytestmark = pytest.mark.usefixtures("one_device")

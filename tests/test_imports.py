@@ -19,7 +19,7 @@ ROOMS = """
     baselines evaluation significance hybrid
     docids device_trie sharded_trie trie live_trie look_ahead vocabularies top_k decoding
     precision modeling pretrained scoring judged fusion_fit ranking vectors
-    recipe_checks recipe splitting indexing negatives data training
+    recipe_checks configs recipe splitting indexing negatives data training
     weights retriever export pseudo_queries dense ngram glen stages t5x fit searchers
     harness comparison ablation quickstart
     __init__ cli_options cli __main__

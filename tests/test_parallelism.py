@@ -8,12 +8,12 @@ import jax
 import numpy as np
 import pytest
 
+from genret_jax.configs import TrainConfig
 from genret_jax.errors import UserError
 from genret_jax.modeling.contrastive import JointWeights
 from genret_jax.modeling.layers import T5Config
 from genret_jax.modeling.model import RetrievalModel
 from genret_jax.modeling.ranking_model import RankingModel
-from genret_jax.recipe import TrainConfig
 from genret_jax.training import partitioning
 from genret_jax.training.trainer import Stepper
 from genret_jax.vocabularies import DocidSpace

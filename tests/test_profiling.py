@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from genret_jax.cli import main
+from genret_jax.configs import TrainConfig
 from genret_jax.data.batches import Batches, Pool
 from genret_jax.modeling.contrastive import JointWeights
 from genret_jax.modeling.layers import T5Config
 from genret_jax.modeling.model import RetrievalModel
 from genret_jax.modeling.ranking_model import RankingModel
-from genret_jax.recipe import TrainConfig
 from genret_jax.training import partitioning
 from genret_jax.training.journal import read_records
 from genret_jax.training.profiling import (

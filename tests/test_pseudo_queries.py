@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tiny import FAST, tiny_corpus
 
 from genret_jax.cli import main
+from genret_jax.configs import GenerationConfig
 from genret_jax.corpus import Corpus, Document, write_corpus
 from genret_jax.data.batches import materialise
 from genret_jax.data.contrastive import known_documents
@@ -29,7 +30,7 @@ from genret_jax.pseudo_queries import PseudoQuery, read_pseudo_queries, write_ps
 from genret_jax.pseudo_queries.examples import hold_out, make_pool, nearest, passages_of
 from genret_jax.pseudo_queries.generator import Sampler
 from genret_jax.pseudo_queries.run import generate
-from genret_jax.recipe import GenerationConfig, load_generator_recipe
+from genret_jax.recipe import load_generator_recipe
 from genret_jax.vocabularies import EOS, UNK, Vocabulary, train_text_model
 
 pytestmark = pytest.mark.usefixtures("one_device")

@@ -21,6 +21,7 @@ from test_pretrained import GOLDEN, _forward
 from tiny import FAST, tiny_corpus
 
 from genret_jax import Retriever, UserError
+from genret_jax.configs import TrainConfig
 from genret_jax.docids.build import build_docids
 from genret_jax.docids.table import DocidTable
 from genret_jax.export import export_retriever
@@ -38,7 +39,7 @@ from genret_jax.modeling.stacking import (
     with_layers,
 )
 from genret_jax.pretrained.checkpoint import open_checkpoint, write_checkpoint
-from genret_jax.recipe import TrainConfig, load_recipe
+from genret_jax.recipe import load_recipe
 from genret_jax.t5x.checkpoint import load_params
 from genret_jax.training import partitioning
 from genret_jax.training.lexical_start import lexical_start

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from genret_jax.configs import DataConfig
 from genret_jax.corpus import Corpus, Document
-from genret_jax.recipe import DataConfig
 from genret_jax.splitting import split_corpus
 
 SHARE = 0.03

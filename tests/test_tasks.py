@@ -16,18 +16,14 @@ import seqio
 import tensorflow as tf
 from tiny import tiny_corpus
 
+from genret_jax.configs import ContrastiveConfig, DocidConfig, VocabularyConfig
 from genret_jax.corpus import read_corpus, write_corpus
 from genret_jax.data.contrastive_tasks import ContrastiveFeatureConverter
 from genret_jax.errors import UserError
 from genret_jax.indexing import build_index
 from genret_jax.negatives import Negatives
 from genret_jax.pseudo_queries import PseudoQuery, write_pseudo_queries
-from genret_jax.recipe import (
-    ContrastiveConfig,
-    DocidConfig,
-    VocabularyConfig,
-    load_recipe,
-)
+from genret_jax.recipe import load_recipe
 from tasks import beir, msmarco
 from tasks.command import run
 from tasks.folder import register_folder, register_folder_contrastive, vocabulary

@@ -13,11 +13,11 @@ import numpy as np
 import optax
 import pytest
 
+from genret_jax.configs import TrainConfig
 from genret_jax.data.batches import Batches, Pool
 from genret_jax.errors import UserError
 from genret_jax.modeling.layers import T5Config
 from genret_jax.modeling.model import RetrievalModel
-from genret_jax.recipe import TrainConfig
 from genret_jax.training import partitioning
 from genret_jax.training.budget import Clock, Plan
 from genret_jax.training.interruption import Interrupted

@@ -14,12 +14,12 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Int32
 
+from genret_jax.configs import ContrastiveConfig
 from genret_jax.corpus import Document
 from genret_jax.data.batches import Arrays, Batches, Pool
 from genret_jax.data.examples import TrainingExamples
 from genret_jax.data.views import Views, make_views
 from genret_jax.negatives import Negatives, Positives, draw
-from genret_jax.recipe import ContrastiveConfig
 from genret_jax.vocabularies import DocidSpace
 
 _SEED = 23  # of negatives, so that they do not follow the order of the examples

@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 
+from genret_jax.configs import DataConfig
 from genret_jax.corpus import Corpus
 from genret_jax.documents import descending
 from genret_jax.errors import UserError
@@ -29,7 +30,6 @@ from genret_jax.ngram.scoring import Weighting
 from genret_jax.ngram.searcher import NgramRanker, NgramSearcher
 from genret_jax.ngram.settings import NgramSettings
 from genret_jax.pseudo_queries import read_pseudo_queries
-from genret_jax.recipe import DataConfig
 from genret_jax.vocabularies import DocidSpace, Vocabulary
 from genret_jax.weights import load_weights, save_weights
 

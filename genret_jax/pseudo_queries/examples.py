@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float, Int32
 
+from genret_jax.configs import GenerationConfig
 from genret_jax.corpus import Document
 from genret_jax.data.batches import Arrays, Pool
 from genret_jax.data.views import padded, passages
-from genret_jax.recipe import GenerationConfig
 from genret_jax.vocabularies import EOS, Vocabulary
 
 Pairs = Sequence[tuple[str, int]]

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from genret_jax.configs import GenerationConfig
 from genret_jax.corpus import Document
 from genret_jax.data.batches import Batches, Pool, length_buckets
 from genret_jax.data.views import padded
@@ -19,7 +20,7 @@ from genret_jax.modeling.model import Params
 from genret_jax.modeling.query_generator import QueryGenerator
 from genret_jax.pseudo_queries.examples import Pairs, hold_out, make_pool, passages_of
 from genret_jax.pseudo_queries.files import PseudoQuery
-from genret_jax.recipe import GenerationConfig, GeneratorRecipe
+from genret_jax.recipe import GeneratorRecipe
 from genret_jax.training.budget import Clock
 from genret_jax.training.trainer import Evaluate, TrainResult, train
 from genret_jax.vocabularies import Vocabulary

@@ -18,6 +18,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from genret_jax.configs import ContrastiveConfig
 from genret_jax.data.contrastive import (
     ContrastiveBatches,
     DocumentSide,
@@ -37,7 +38,6 @@ from genret_jax.negatives import (
     mine,
     prefix_negatives,
 )
-from genret_jax.recipe import ContrastiveConfig
 from genret_jax.scoring import Fusion
 from genret_jax.stages.common import Materials
 from genret_jax.stages.dev_fusion import dev_evaluation, fit_on_dev

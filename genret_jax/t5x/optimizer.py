@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 from t5x import optimizers
 
+from genret_jax.configs import TrainConfig
 from genret_jax.errors import UserError
-from genret_jax.recipe import TrainConfig, configured
+from genret_jax.recipe import configured
 from genret_jax.training.optimizers import learning_rate, optimizer_at
 
 

@@ -18,10 +18,10 @@ import optax
 from flax import struct
 from tqdm import tqdm
 
+from genret_jax.configs import TrainConfig
 from genret_jax.data.batches import Arrays
 from genret_jax.errors import UserError
 from genret_jax.modeling.model import Batch, Params
-from genret_jax.recipe import TrainConfig
 from genret_jax.training import partitioning, processes
 from genret_jax.training.budget import Clock, Plan
 from genret_jax.training.checkpoints import Checkpoints
