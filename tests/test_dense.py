@@ -35,7 +35,12 @@ from genret_jax.vocabularies import DocidSpace
 
 pytestmark = pytest.mark.usefixtures("one_device", "quiet")
 
-BINDINGS = (*FAST, "ContrastiveConfig.learning_rate = 1e-2", "ContrastiveConfig.refresh_every = 6")
+BINDINGS = (
+    *FAST,
+    "ContrastiveConfig.learning_rate = 1e-2",
+    "ContrastiveConfig.refresh_every = 6",
+    "ContrastiveConfig.queries = 64",  # views of both kinds
+)
 QUERY = "bread from an oven"
 
 

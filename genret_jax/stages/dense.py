@@ -29,11 +29,7 @@ from genret_jax.negatives import Search, known_positives
 from genret_jax.recipe import Recipe
 from genret_jax.splitting import Split
 from genret_jax.stages.common import Materials, dev_metrics
-from genret_jax.stages.second import (
-    DocumentEncoder,
-    Miner,
-    seconds_after_training,
-)
+from genret_jax.stages.second import DocumentEncoder, Miner
 from genret_jax.training.budget import Clock
 from genret_jax.training.lexical_start import lexical_encoder
 from genret_jax.training.trainer import Evaluate, TrainResult, train
@@ -109,7 +105,7 @@ def train_dense(materials: Materials, folder: Path, clock: Clock) -> Dense:
         batches.negatives = miner.negatives(step, jax.device_get(now))
 
     if clock.seconds:
-        clock.reserve += seconds_after_training(materials, encoder, begin())
+        clock.reserve += encoder.seconds(begin())
     result = train(
         model,
         batches,

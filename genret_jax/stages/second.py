@@ -38,9 +38,10 @@ from genret_jax.negatives import (
     mine,
     prefix_negatives,
 )
+from genret_jax.ranking import Ranker
 from genret_jax.scoring import Fusion
 from genret_jax.stages.common import Materials
-from genret_jax.stages.dev_fusion import dev_evaluation, fit_on_dev
+from genret_jax.stages.dev_fusion import dev_evaluation, fit_on_dev, seconds_to_fit
 from genret_jax.training import processes
 from genret_jax.training.budget import Clock
 from genret_jax.training.trainer import TrainResult, train
@@ -60,7 +61,6 @@ _MINING_SETTINGS = (
     "mining_beam",
 )
 _MINING_SHARE = 0.2  # of the time that is left of a budget
-_SECONDS_A_DEV_QUERY = 0.03  # of a search with that beam, and of fitting, on two cores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,16 +112,17 @@ def train_ranking(materials: Materials, params: Params, folder: Path, clock: Clo
     def refresh(step: int, now: Params) -> None:
         batches.negatives = miner.negatives(step, now)
 
-    encoder = DocumentEncoder(materials, side)
+    encoder, ranker = DocumentEncoder(materials, side), materials.ranker()
     if clock.seconds:
-        clock.reserve += seconds_after_training(materials, encoder, params)
+        clock.reserve += encoder.seconds(params)
+        clock.reserve += seconds_to_fit(materials, params, encoder, ranker)
         if clock.elapsed + clock.reserve > clock.seconds:
             log.warning(
                 "the documents' vectors take %.0f s alone, more than is left; give more minutes "
                 "or fewer views (ContrastiveConfig.pieces, ContrastiveConfig.queries)",
                 clock.reserve,
             )
-    evaluate = dev_evaluation(materials, encoder)
+    evaluate = dev_evaluation(materials, encoder, ranker)
     result = train(
         ranking_model(config, materials.model, prefix_negatives=counts[0]),
         batches,
@@ -135,7 +136,8 @@ def train_ranking(materials: Materials, params: Params, folder: Path, clock: Clo
         refresh_every=config.refresh_every,
         measuring=materials.measuring,
     )
-    return _finished(materials, encoder, result, {"negatives": batches.negatives.report()})
+    report = {"negatives": batches.negatives.report()}
+    return _finished(materials, encoder, ranker, result, report)
 
 
 def take_ranking(materials: Materials, params: Params, step: int) -> SecondStage:
@@ -146,17 +148,22 @@ def take_ranking(materials: Materials, params: Params, step: int) -> SecondStage
     encoder = DocumentEncoder(
         materials, DocumentSide.of(materials.examples, positives, docids, config)
     )
-    evaluate = dev_evaluation(materials, encoder)
+    ranker = materials.ranker()
+    evaluate = dev_evaluation(materials, encoder, ranker)
     result = TrainResult(params, step, evaluate(params) if evaluate else {}, step)
-    return _finished(materials, encoder, result, {})
+    return _finished(materials, encoder, ranker, result, {})
 
 
 def _finished(
-    materials: Materials, encoder: DocumentEncoder, result: TrainResult, report: dict[str, Any]
+    materials: Materials,
+    encoder: DocumentEncoder,
+    ranker: Ranker,
+    result: TrainResult,
+    report: dict[str, Any],
 ) -> SecondStage:
     """Vectors and fusion for the parameters that training chose; `report` goes on with them."""
     vectors = encoder.all(result.params)
-    fitted = fit_on_dev(materials, result.params, vectors)
+    fitted = fit_on_dev(materials, result.params, vectors, ranker)
     report |= {
         "fusion": fitted.to_dict(),
         "vectors": {
@@ -356,7 +363,7 @@ class DocumentEncoder:
             self._batch(on_device, np.flatnonzero(self._used == width)[:1], int(width))
 
     def seconds(self, params: Params) -> float:
-        """What `all` will take, by the time of one batch of the longest views."""
+        """What `all` will take at most, by the time of one batch of the longest views."""
         batch = np.arange(min(_ENCODE, len(self._side.views.tokens)))
         on_device = jax.device_put(params)
         times = []
@@ -366,7 +373,7 @@ class DocumentEncoder:
             times.append(time.monotonic() - begin)
         views, width = self._side.views.tokens.shape
         batches = views / _ENCODE / processes.count()
-        return float(times[-1] * self._used.mean() / width * batches)
+        return 1.2 * float(times[-1] * self._used.mean() / width * batches)
 
     def _batch(self, params: Params, rows: np.ndarray, width: int) -> np.ndarray:
         padded = np.resize(rows, _ENCODE)
@@ -398,8 +405,3 @@ class DocumentEncoder:
 
         processes.fill(encode, parts, read=made.take, write=made.put)
         return made
-
-
-def seconds_after_training(materials: Materials, encoder: DocumentEncoder, params: Params) -> float:
-    """What vectors and fusion will take."""
-    return 1.2 * encoder.seconds(params) + _SECONDS_A_DEV_QUERY * len(materials.split.dev_queries)
