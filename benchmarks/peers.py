@@ -171,6 +171,8 @@ class Unconstrained:
         self.about = {"build_s": 0.0, "bytes": 0, "normaliser": "docid tokens and EOS"}
         if part != "search":
             raise ValueError("unconstrained: part search only")
+        if problem.normaliser == "children":
+            raise ValueError("unconstrained: has no children to normalise over")
         self._run = Compiled(self._search, problem.device_params())
 
     def _search(self, params: Any, encoder_tokens: Any) -> Any:

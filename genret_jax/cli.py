@@ -207,9 +207,9 @@ def evaluate(arguments: argparse.Namespace) -> None:
     searchers = {retriever.name: Asked(retriever, **options), **searchers}
     comparison = compare_searchers(searchers, corpus, split=arguments.split)
     folder = find_retriever(Path(arguments.run_folder))
-    # What another search than the default one found stands beside what that one found.
-    search = [f"{name}-{value}" for name, value in _given(arguments).items()]
-    name = "-".join([arguments.split, *search]).replace("_", "-")
+    # What was asked for beyond the split has a name of its own, beside the default search's.
+    search = [f"{name.replace('_', '-')}-{value}" for name, value in _given(arguments).items()]
+    name = "-".join([arguments.split, *search])
     paths = comparison.write(folder, name)
     _add_metrics(folder / "metrics.json", name, comparison.methods[retriever.name])
     _print(

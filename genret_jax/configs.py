@@ -112,7 +112,8 @@ class LossConfig:
     Attributes:
       normaliser: what the probabilities of docid tokens sum to one over, in training and search:
         the docid "vocabulary", or the "children" of the prefix in the trie, which leaves nothing to
-        learn about which identifiers exist. With atomic docids both are the same.
+        learn about which identifiers exist. Docids of one token, such as atomic ones, have
+        "vocabulary" in either case.
       r_drop: weight of the divergence of two passes with dropout, in stage 1 alone; see
         `genret_jax.modeling.losses.symmetric_divergence`. A step then takes about twice as long.
     """

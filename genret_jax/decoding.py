@@ -2,8 +2,7 @@
 
 Nothing here knows the network: a step function reads one token for each hypothesis and gives
 logits over the docid vocabulary. The search follows only edges of the trie, and scores them by
-log p over the whole docid vocabulary, so that a score is the model's probability of the
-identifier and not of a choice among those allowed.
+log p over the whole docid vocabulary or over the edges of a state, as the model was trained.
 
 The first step runs one hypothesis a query, since there is one root; the others run in a
 `while_loop` that ends when no hypothesis has a choice left. What then remains of the identifiers is

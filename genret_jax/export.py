@@ -4,6 +4,7 @@ FOLDER/
   config.json, model.safetensors   T5ForConditionalGeneration
   spiece.model                     the text pieces
   tokenizer_config.json            for transformers' T5Tokenizer
+  generation_config.json           whether `generate` is to renormalise over what the trie allows
   docids.jsonl                     a line a docid: document, its token ids, its text
 
 Text goes in as pieces and EOS; the model writes docid tokens, which are no pieces: `docids.jsonl`
@@ -61,6 +62,13 @@ def export_retriever(retriever: Retriever, folder: str | Path) -> dict[str, Any]
             "unk_token": "<unk>",
         }
         (temporary / "tokenizer_config.json").write_text(json.dumps(tokenizer, indent=2) + "\n")
+        generation = {
+            "decoder_start_token_id": 0,
+            "eos_token_id": 1,
+            "pad_token_id": 0,
+            "renormalize_logits": retriever.ranker.model.normaliser == "children",
+        }
+        (temporary / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
         _write_docids(retriever, temporary / DOCIDS)
     return {
         "folder": str(folder),

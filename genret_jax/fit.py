@@ -193,7 +193,6 @@ def _check(
     peak_flops: float | None,
 ) -> None:
     check_minutes(minutes)
-    check_kind(recipe.docids.kind)
     if from_t5x and stage is None:
         raise UserError("--from-t5x takes one stage; give --stage 1 or --stage 2")
     if from_t5x and stage == 2 and recipe.contrastive.rank:
@@ -205,6 +204,7 @@ def _check(
             f"method {recipe.method} makes no generative retriever; use `genret fit`, or "
             "genret_jax.searchers.fit_method"
         )
+    check_kind(recipe.docids.kind)
     second = recipe.contrastive
     if second.rank and (second.prefix or second.retrieval):
         raise UserError(

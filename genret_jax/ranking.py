@@ -101,7 +101,12 @@ class Ranker:
 
     @functools.cached_property
     def device_trie(self) -> DeviceTrie:
-        return self.model.trie if self.model.trie is not None else self.trie.on_device()
+        return self.trie.on_device()
+
+    @property
+    def scoring_model(self) -> RetrievalModel:
+        """The model with this trie, which its teacher-forced scores may need."""
+        return dataclasses.replace(self.model, trie=self.device_trie)
 
     @functools.cached_property
     def _search(self) -> Any:

@@ -5,7 +5,7 @@ retriever/
   index.json, spiece.model, vocabulary.json, docids/, trie/, documents.*   the index
   model.safetensors   weights
   vectors.*           semantic vectors of the documents, where the method has a second stage
-  metrics.json        dev metrics, and those of every split that was evaluated
+  metrics.json        dev metrics, and those of every split, and search, that was evaluated
   README.md           model card
 """
 
@@ -142,8 +142,7 @@ class Retriever:
             T5Config(**network),
             self.index.vocabulary.docids,
             vector=stage.get("vector", VECTORS[0]),
-            normaliser=normaliser,
-            trie=self.index.trie.on_device() if normaliser == "children" else None,
+            normaliser=self.index.normaliser(normaliser),
         )
         return Ranker(
             model=model,
@@ -224,7 +223,8 @@ class Retriever:
             weights that were best on dev. By default fused, where the retriever has vectors.
           only: ids of the documents among which to search; by default all.
           without: ids of documents that are not to be found. The beam runs on the identifiers of
-            the documents that remain, and finds what it would find if there were no others.
+            the documents that remain, none of its places goes to others, and scores are what they
+            are without a filter.
           look_ahead: weight in nats of the best similarity under a prefix, which is added to the
             prefix' log p while the beam chooses, so that a document with an improbable beginning is
             not lost early; the scores of what is found stay the same. 0: log p alone.

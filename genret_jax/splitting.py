@@ -129,10 +129,9 @@ def _documents_apart(
     seen = np.flatnonzero(counts)
     wanted = max(_DOCUMENTS, int(len(seen) * config.held_out_documents))
     wanted = min(wanted, int(len(seen) * _MOST_DOCUMENTS), len(counts) - len(seen))
+    # Where nothing else is held out for dev, dev of these alone would tell too little.
     if not config.held_out and not corpus.qrels.get("dev"):
-        return (
-            frozenset()
-        )  # nothing is held out for dev, which of these alone would tell too little
+        return frozenset()
     if not config.held_out_documents or wanted < _FEWEST:
         return frozenset()
     if _dev_about_unseen(corpus, train, config):

@@ -167,7 +167,7 @@ class Trie:
         return device if rows is None else self.restricted(device, rows)
 
     def restricted(self, device: DeviceTrie, rows: np.ndarray) -> DeviceTrie:
-        """`device` with a filter: a search finds what it would find in a trie of these rows alone.
+        """`device` with a filter: a search has places for these rows alone, and the same scores.
 
         Only the filter's own arrays are made, and another filter runs the same program.
 

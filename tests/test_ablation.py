@@ -455,6 +455,23 @@ def test_variants_that_would_repeat_another_are_left_out():
     assert usual - kept(no_queries, "ContrastiveConfig.pieces = 1") == views
 
 
+@pytest.mark.parametrize("kind", ["hierarchical", "rq", "keywords"])
+def test_a_method_with_prefixes_has_its_own_loss_rows(kind):
+    recipe = load_recipe("dogr", bindings=[f"DocidConfig.kind = {kind!r}"])
+    found = without_repetition(chosen_variants(None, [kind, "pq", "title"]), recipe, None)
+    names = [variant.name for variant in found]
+    assert {"without prefix loss", "without retrieval loss"} < set(names)
+    assert names[-2:] == ["docids pq", "docids title"]
+
+
+@pytest.mark.parametrize("gone", ["prefix", "retrieval"])
+def test_a_loss_that_has_no_weight_cannot_be_left_out_beside_docids_either(gone):
+    recipe = load_recipe("dogr", bindings=[f"ContrastiveConfig.{gone} = 0.0"])
+    assert recipe.docids.kind == "atomic"
+    with pytest.raises(UserError, match=f"makes no sense where ContrastiveConfig.{gone} is 0"):
+        without_repetition(chosen_variants(None, ["rq"]), recipe, None)
+
+
 def test_losses_stand_with_docids_that_share_prefixes(collection, tmp_path, pretended):
     """Where the full method's docids are atomic; from the stage 1 of those docids."""
     atomic = ["--gin", "DocidConfig.kind = 'atomic'", "--seeds", "0,1"]
@@ -481,9 +498,11 @@ def test_what_is_usual_gives_way_to_what_is_asked_for(collection, tmp_path, pret
     arguments = command(collection, tmp_path / "out", "--docids", "rq", "--variants", "")
     assert main(arguments) == 0
     assert dict(pretended)["docids-rq-seed-0"]["recipe"].train.learning_rate == 1e-3
+    (tmp_path / "mine.gin").write_text("TrainConfig.learning_rate = 7e-4\n")
     asked = ["--gin", "TrainConfig.learning_rate = 5e-4"]
-    assert main([*arguments, *asked]) == 0
-    assert dict(pretended)["docids-rq-seed-0"]["recipe"].train.learning_rate == 5e-4
+    for more, rate in ((asked, 5e-4), (["--gin_file", str(tmp_path / "mine.gin")], 7e-4)):
+        assert main([*arguments, *more]) == 0
+        assert dict(pretended)["docids-rq-seed-0"]["recipe"].train.learning_rate == rate
 
 
 @pytest.mark.parametrize(("name", "most"), [("one view", 1), ("no query views", 16)])

@@ -155,7 +155,7 @@ def test_the_trail_is_every_beam_of_a_search_in_python(sequences, seed, beam, pa
 )
 @example(sequences=SKEWED, seed=4, beam=4, normaliser="vocabulary", path=(dense, False), share=0.2)
 @example(sequences=NESTED, seed=4, beam=4, normaliser="children", path=(roomy, True), share=0.5)
-def test_a_filter_gives_what_a_trie_of_the_allowed_ones_gives(
+def test_a_filter_leaves_its_places_to_the_allowed_ones_and_their_scores_as_they_are(
     sequences, seed, beam, normaliser, path, share
 ):
     """Not what is left of a search without it: others take the places of those that may not be.

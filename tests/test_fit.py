@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from tiny import FAST, tiny_corpus
 
@@ -116,6 +117,30 @@ def test_the_trie_of_an_older_version_is_made_again(run, tmp_path):
     assert ours == theirs
 
 
+@pytest.mark.parametrize("normaliser", ["children", "vocabulary"])
+def test_a_retriever_keeps_what_its_probabilities_sum_to_one_over(collection, tmp_path, normaliser):
+    few = ["DocidConfig.kind = 'rq'", "TrainConfig.steps = 2"]
+    few += [f"LossConfig.normaliser = {normaliser!r}", "TrainConfig.evaluations = 1"]
+    fit(collection, recipe=load_recipe("dsi", bindings=[*FAST, *few]), out=tmp_path / "run")
+    retriever = Retriever.load(tmp_path / "run")
+    hits = retriever.search("bread from an oven", k=8)
+    total = sum(np.exp(hit.generation) for hit in hits)
+    assert len(hits) == 8 and (total == pytest.approx(1, abs=1e-4)) == (normaliser == "children")
+    only = [hit.document for hit in hits[::2]]
+    some = retriever.search("bread from an oven", k=8, only=only)
+    kept = {hit.document: hit.generation for hit in hits}
+    assert {h.document: pytest.approx(h.generation, abs=1e-5) for h in some} == {
+        document: kept[document] for document in only
+    }
+    about = retriever.folder / "retriever.json"
+    older = json.loads(about.read_text())
+    del older["recipe"]["loss"]["normaliser"]
+    about.unlink()
+    about.write_text(json.dumps(older))
+    found = Retriever.load(tmp_path / "run").ranker.model.normaliser
+    assert found == "vocabulary", "before there was a choice"
+
+
 def test_generation_is_the_teacher_forced_log_probability(run):
     retriever = Retriever.load(run)
     hits = retriever.search("bread from an oven", k=8)
@@ -125,7 +150,9 @@ def test_generation_is_the_teacher_forced_log_probability(run):
     for hit in hits:
         position = next(i for i, d in enumerate(tiny_corpus().documents) if d.id == hit.document)
         row = table.tokens[list(table.documents).index(position)]
-        score = ranker.model.score(retriever.params, jnp.asarray(tokens), jnp.asarray(row)[None])
+        score = ranker.scoring_model.score(
+            retriever.params, jnp.asarray(tokens), jnp.asarray(row)[None]
+        )
         assert float(score[0]) == pytest.approx(hit.generation, abs=1e-4)
 
 
@@ -378,6 +405,11 @@ def test_mistakes_are_told_before_the_corpus_is_read(binding, settings, message,
     recipe = load_recipe("dogr", bindings=["ContrastiveConfig.prefix = 0.0", binding])
     with pytest.raises(UserError, match=message):
         fit(tmp_path / "no corpus", recipe=recipe, out=tmp_path / "run", **settings)
+
+
+def test_other_methods_are_told_so(tmp_path):
+    with pytest.raises(UserError, match="method dense makes no generative retriever"):
+        fit(tmp_path / "no corpus", recipe=load_recipe("dense"), out=tmp_path / "run")
 
 
 def test_python_names_are_the_documented_ones():

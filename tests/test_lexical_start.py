@@ -119,6 +119,18 @@ def test_the_first_logits_are_the_analysis(started, vocabulary, examples, querie
     assert (np.diff(np.sort(expected, axis=1)[:, -2:]) > 1e-3).mean() > 0.8, "few ties at the top"
 
 
+def test_the_next_token_is_chosen_by_the_same_words(started, queries):
+    """Whatever was written first: its embedding is faint."""
+    model, params, _ = started
+    writable = np.arange(2, model.docids.size)
+    inputs = np.zeros((len(queries), 2), np.int32)
+    inputs[:, 1] = model.docids.to_model(np.resize(writable, len(queries)))
+    batch = {"encoder_input_tokens": queries, "decoder_input_tokens": inputs}
+    logits = np.asarray(jax.jit(model.teacher_forced)(params, batch))[..., writable]
+    first, second = (_directions(logits[:, place]) for place in (0, 1))
+    assert ((first * second).sum(-1) > 0.98).all()
+
+
 def test_every_documents_own_words_find_it(started, corpus):
     _, _, logits = started
     own = logits[-len(corpus.documents) :]

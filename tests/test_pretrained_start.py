@@ -339,6 +339,7 @@ def test_export_and_load_give_equal_logits(run, tmp_path, capsys):
         "model.safetensors",
         "spiece.model",
         "tokenizer_config.json",
+        "generation_config.json",
     }
     retriever, exported = Retriever.load(out), open_checkpoint(tmp_path / "hf")
     model = retriever.ranker.model

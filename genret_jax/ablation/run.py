@@ -128,18 +128,15 @@ def ablate(
         raise UserError(f"split {split!r} has no queries; choose another --split")
 
     def lines(variant: Variant, seed: int) -> list[str]:
-        return [
-            *variant.usual,
-            *bindings,
-            *variant.bindings,
-            f"TrainConfig.seed = {seed}",
-        ]
+        return [*bindings, *variant.bindings, f"TrainConfig.seed = {seed}"]
 
     def recipe(variant: Variant, seed: int) -> Recipe:
-        return load_recipe(FULL, size=size, gin_files=gin_files, bindings=lines(variant, seed))
+        files = [*variant.usual, *gin_files]
+        return load_recipe(FULL, size=size, gin_files=files, bindings=lines(variant, seed))
 
     def options(variant: Variant, seed: int) -> tuple[str, ...]:
-        return fit_options(FULL, size=size, gin_files=gin_files, bindings=lines(variant, seed))
+        files = [*variant.usual, *gin_files]
+        return fit_options(FULL, size=size, gin_files=files, bindings=lines(variant, seed))
 
     wanted = chosen_variants(variants, docids)
     full = {seed: recipe(wanted[0], seed) for seed in seeds}
@@ -242,8 +239,8 @@ class _Bench:
         first = recipe
         if variant.stage == 2:  # stage 1 is one for all that differ in stage 2 alone
             first = dataclasses.replace(recipe, contrastive=full.contrastive)
-        kind = f"-{variant.begins.replace(' ', '-')}" if variant.begins else ""
-        stage_one = self._folder(f"stage-1{kind}", seed, first, 1)
+        begins = f"stage 1 {variant.begins}".strip().replace(" ", "-")
+        stage_one = self._folder(begins, seed, first, 1)
         folder = stage_one
         if variant.stage == 2:
             folder = self._folder(variant.training, seed, recipe, 2)

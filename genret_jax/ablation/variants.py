@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 
 from genret_jax.docids.build import KINDS
 from genret_jax.errors import UserError
 from genret_jax.harness.rows import Entry
-from genret_jax.recipe import Recipe
+from genret_jax.recipe import Recipe, gin_folder
 
 log = logging.getLogger(__name__)
 FULL = "dogr"
+SEVERAL_TOKENS = gin_folder() / "several_tokens.gin"
 DOCIDS = ("keywords", "title", "hierarchical", "rq")
 # Kinds whose docids share prefixes, those first of whose prefixes most is expected.
 _PREFIXES = ("hierarchical", "rq", "pq", "keywords", "subwords", "title", "naive")
@@ -24,7 +26,7 @@ class Variant(Entry):
 
     Attributes:
       bindings: lines of gin that make the difference.
-      usual: lines that go with it, over which the user's stand.
+      usual: gin files that go with it, over which the user's stand.
       stage: where its training ends.
       begins: the variant whose stage 1 it begins with; "" for the full method's.
       of: the variant whose training it measures, where that is another one.
@@ -33,7 +35,7 @@ class Variant(Entry):
     """
 
     bindings: tuple[str, ...] = ()
-    usual: tuple[str, ...] = ()
+    usual: tuple[Path, ...] = ()
     stage: int = 2
     begins: str = ""
     of: str = ""
@@ -125,15 +127,15 @@ def chosen_variants(names: Sequence[str] | None, docids: Sequence[str]) -> list[
 
 
 def _of_kind(kind: str) -> Variant:
-    name = f"docids {kind}"
+    name, several = f"docids {kind}", kind != "atomic"
     return Variant(
         name,
-        f"the whole method with identifiers of kind {kind}",
+        f"the whole method with identifiers of kind {kind}"
+        + (f", and what {SEVERAL_TOKENS.name} says" if several else ""),
         "docids",
         kind,
         (f"DocidConfig.kind = {kind!r}", "DocidConfig.settings = {}"),
-        # Several tokens are learned from further away than one; this is what dsi-KIND has, too.
-        usual=() if kind == "atomic" else ("TrainConfig.learning_rate = 1e-3",),
+        usual=(SEVERAL_TOKENS,) if several else (),
         begins=name,
     )
 
@@ -163,22 +165,12 @@ def without_repetition(
     config = full.contrastive
     losses = {"without prefix loss": "prefix", "without retrieval loss": "retrieval"}
     fewest = {"one view": config.pieces == 1, "no query views": True}
-    kinds = {v.docids: v for v in variants if v.group == "docids"}
-    shared = next((kinds[kind] for kind in _PREFIXES if kind in kinds), None)
     kept: list[Variant] = []
-    moved: list[Variant] = []
     for variant in variants:
         if variant.name == f"docids {full.docids.kind}":
             log.info("%s: is %s itself", variant.name, FULL)
             continue
         loss = losses.get(variant.name)
-        if loss and full.docids.kind == "atomic":
-            if shared:
-                moved.append(_with_kind(variant, shared))
-            else:
-                why = "whose docids share no prefix, has one contrast"
-                log.info("%s: %s, %s; give --docids hierarchical", variant.name, FULL, why)
-            continue
         if variant.name == "stage 1 all the time" and minutes is None:
             log.info("%s: is stage 1 only, where steps are counted", variant.name)
             continue
@@ -192,12 +184,25 @@ def without_repetition(
                 "give it a weight, or choose other --variants"
             )
         kept.append(variant)
-    if shared:
-        place = kept.index(shared) + 1
-        kept[place:place] = moved
     if not config.wanted:
         raise UserError(
             "ContrastiveConfig.prefix and ContrastiveConfig.retrieval are 0, and so dogr has no "
             "stage 2 to take apart; give one of them a weight above 0"
         )
-    return kept
+    return _losses_beside_prefixes(kept, list(losses)) if full.docids.kind == "atomic" else kept
+
+
+def _losses_beside_prefixes(variants: Sequence[Variant], losses: Sequence[str]) -> list[Variant]:
+    """The variants with the rows of `losses` behind that of docids that share prefixes."""
+    kinds = {variant.docids: variant for variant in variants if variant.group == "docids"}
+    shared = next((kinds[kind] for kind in _PREFIXES if kind in kinds), None)
+    found: list[Variant] = []
+    for variant in variants:
+        if variant.name not in losses:
+            found.append(variant)
+        elif not shared:
+            why = "whose docids share no prefix, has one contrast"
+            log.info("%s: %s, %s; give --docids hierarchical", variant.name, FULL, why)
+        if variant is shared:
+            found += [_with_kind(loss, shared) for loss in variants if loss.name in losses]
+    return found

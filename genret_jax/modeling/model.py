@@ -32,11 +32,12 @@ Params = Any
 VECTORS = ("decoder_first", "decoder_mean", "encoder_mean")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class RetrievalModel:
     """A T5 that writes docids.
 
-    Everything takes the parameters explicitly and can be jitted; nothing here holds state.
+    Everything takes the parameters explicitly and can be jitted; nothing here holds state. Models
+    are equal if they are the same one, since tries cannot be compared.
 
     Attributes:
       label_smoothing, z_loss: see `losses.docid_cross_entropy`.
@@ -54,7 +55,7 @@ class RetrievalModel:
     r_drop: float = 0.0
     vector: str = "decoder_first"
     normaliser: str = "vocabulary"
-    trie: DeviceTrie | None = dataclasses.field(default=None, hash=False, repr=False)
+    trie: DeviceTrie | None = dataclasses.field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if self.vector not in VECTORS:

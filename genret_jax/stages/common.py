@@ -44,15 +44,11 @@ def retrieval_model(recipe: Recipe, index: Index) -> RetrievalModel:
         recipe.network.t5(index.vocabulary.size),
         learned_temperature=second.wanted and second.learned_temperature,
     )
+    loss = dataclasses.asdict(recipe.loss)
+    loss["normaliser"] = index.normaliser(recipe.loss.normaliser)
     with jax.ensure_compile_time_eval():  # a caller may be tracing already
-        trie = index.trie.on_device() if recipe.loss.normaliser == "children" else None
-    return RetrievalModel(
-        config,
-        index.vocabulary.docids,
-        vector=second.vector,
-        trie=trie,
-        **dataclasses.asdict(recipe.loss),
-    )
+        trie = index.trie.on_device() if loss["normaliser"] == "children" else None
+    return RetrievalModel(config, index.vocabulary.docids, vector=second.vector, trie=trie, **loss)
 
 
 def compile_search(ranker: Ranker, params: Params, queries: Iterable[str], beam: int) -> None:
@@ -198,7 +194,7 @@ class Materials:
     def target_length(self) -> int:
         """Docid tokens to learn: what follows the last choice in the trie may cost nothing."""
         trie = self.index.trie
-        return trie.choices_end if self.recipe.loss.normaliser == "children" else trie.max_length
+        return trie.choices_end if self.model.normaliser == "children" else trie.max_length
 
     @property
     def draws(self) -> int:

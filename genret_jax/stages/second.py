@@ -303,7 +303,7 @@ class Miner:
         about: list[Any] = [self._materials.index.about["fingerprint"], self._origin]
         if self._origin:
             about += [{name: getattr(recipe.contrastive, name) for name in _MINING_SETTINGS}]
-            about += [recipe.train.seed, self.questions.texts]
+            about += [recipe.train.seed, self.questions.texts, recipe.loss.normaliser]
         else:
             about += [{**recipe.to_dict(), "method": ""}]  # by whatever name
         return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()

@@ -12,8 +12,8 @@ documents that carry the token:
 - Cross-attention in the last decoder layer averages over the input: its queries are zero, and its
   value and output matrices are each other's transposes, without that extra dimension.
 - Every other layer begins as the identity: its output matrices are zero.
-- A docid token's output column is the mean direction of the documents that carry it. What it is
-  read by is faint, so that the second token is chosen by the same words as the first.
+- A docid token's output column is the mean direction of the documents that carry it. Its embedding,
+  where that is another matrix, is faint: the second token is chosen by the same words as the first.
 - Adam moves every number by about the learning rate, so the matrices that hold the analysis are
   made of larger numbers, and the norms before them give smaller ones: the product is the same, and
   a step changes it less than it changes what begins at zero.
