@@ -15,14 +15,14 @@ from tiny import FAST, tiny_corpus
 
 from genret_jax import Retriever, UserError
 from genret_jax.cli import main
-from genret_jax.data.contrastive import ContrastiveBatches
+from genret_jax.data.contrastive import ContrastiveBatches, with_documents
 from genret_jax.fit import fit
 from genret_jax.indexing import Index, build_index
 from genret_jax.negatives import Negatives
 from genret_jax.recipe import load_recipe
 from genret_jax.splitting import split_corpus
 from genret_jax.stages.common import Materials
-from genret_jax.stages.second import train_ranking
+from genret_jax.stages.second import Miner, train_ranking
 from genret_jax.training.budget import Clock
 from genret_jax.training.interruption import Interrupted
 from genret_jax.training.journal import read_records
@@ -481,3 +481,42 @@ def test_examples_are_read_as_often_as_the_longer_stage_draws_them(run, steps, s
     recipe = load_recipe("dogr", bindings=[*FAST, *more, *([] if second else off)])
     pools = {pool.name: len(pool) for pool in _materials(recipe, Index.load(run / "index")).pools}
     assert pools == {"genret_retrieval": 40 * times[0], "genret_indexing": 8 * times[1]}
+
+
+@pytest.mark.parametrize("refresh", [0, 2])
+def test_questions_are_mined_for_that_the_steps_ask(run, retriever, tmp_path, refresh):
+    recipe = _recipe(
+        "ContrastiveConfig.steps = 3",
+        "ContrastiveConfig.batch_size = 4",
+        f"ContrastiveConfig.refresh_every = {refresh}",
+    )
+    materials = _materials(recipe, Index.load(run / "index"))
+
+    def by_model(params):
+        return lambda queries, k: [np.roll(np.arange(8), len(q))[:k] for q in queries]
+
+    miner = Miner(materials, tmp_path / "some", by_model=by_model)
+    pools = [with_documents(p, materials.examples, miner.positives) for p in materials.pools]
+    drawn = materials.batches(pools, batch_size=4)
+    every = Miner(materials, tmp_path / "all", by_model=by_model)
+    everything = every.negatives(0, retriever.params).retrieved
+    last = 3
+    for step, end in ((0, refresh or 3), *([(2, 3)] if refresh else [])):
+        asked = np.unique([drawn.whole(n)["question_index"] for n in range(step, end)])
+        found = miner.negatives(step, retriever.params, drawn).retrieved
+        np.testing.assert_array_equal(found[asked], everything[asked])
+        others = np.setdiff1d(np.arange(len(found)), asked)
+        assert len(others) and (found[others] == -1).all()
+        last = end
+    assert last == 3 and (everything >= 0).any(1).all()
+
+
+def test_under_a_time_budget_what_is_asked_first_is_mined_first(run, tmp_path):
+    materials = _materials(_recipe("ContrastiveConfig.batch_size = 4"), Index.load(run / "index"))
+    miner = Miner(materials, tmp_path, Clock(60.0))
+    pools = [with_documents(p, materials.examples, miner.positives) for p in materials.pools]
+    drawn = materials.batches(pools, batch_size=4)
+    order = miner._order(0, np.random.default_rng(0), drawn)
+    assert sorted(order) == list(range(len(miner.questions.texts)))
+    first = list(dict.fromkeys(drawn.whole(0)["question_index"].tolist()))
+    assert order[: len(first)].tolist() == first

@@ -91,18 +91,19 @@ def train_dense(materials: Materials, folder: Path, clock: Clock) -> Dense:
     nearness = _Nearness(materials, encoder)
     miner = Miner(materials, folder / "negatives", clock, by_model=nearness.search)
     pools = [with_documents(p, materials.examples, positives) for p in materials.pools]
+    drawn = materials.batches(pools, batch_size=config.batch_size)
     batches = ContrastiveBatches(
-        materials.batches(pools, batch_size=config.batch_size),
+        drawn,
         side,
         miner.questions,
-        miner.negatives(0, begin()),
+        miner.negatives(0, begin(), drawn),
         prefix=0,
         retrieved=config.retrieved_negatives,
         seed=recipe.train.seed,
     )
 
     def refresh(step: int, now: Params) -> None:
-        batches.negatives = miner.negatives(step, jax.device_get(now))
+        batches.negatives = miner.negatives(step, jax.device_get(now), drawn)
 
     if clock.seconds:
         clock.reserve += encoder.seconds(begin())

@@ -232,11 +232,12 @@ def _second_phase(
     # Documents of one docid are to be told apart from now on.
     side = dataclasses.replace(side, row=np.arange(len(side.row), dtype=np.int32))
     pools = [with_documents(p, materials.examples, miner.positives) for p in materials.pools]
+    drawn = materials.batches(pools, batch_size=config.batch_size)
     batches = ContrastiveBatches(
-        materials.batches(pools, batch_size=config.batch_size),
+        drawn,
         side,
         miner.questions,
-        miner.negatives(0, first.params),
+        miner.negatives(0, first.params, drawn),
         prefix=0,
         retrieved=config.retrieved_negatives,
         seed=recipe.train.seed,

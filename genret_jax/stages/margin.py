@@ -32,11 +32,12 @@ def train_margin(materials: Materials, params: Params, folder: Path, clock: Cloc
     miner = Miner(materials, folder / "negatives", clock)
     docids = materials.index.vocabulary.docids
     pools = [with_documents(p, materials.examples, miner.positives) for p in materials.pools]
+    drawn = materials.batches(pools, batch_size=config.batch_size)
     batches = ContrastiveBatches(
-        materials.batches(pools, batch_size=config.batch_size),
+        drawn,
         DocumentSide.of(materials.examples, miner.positives, docids, config),
         miner.questions,
-        miner.negatives(0, params),
+        miner.negatives(0, params, drawn),
         prefix=0,
         retrieved=_NEGATIVES,
         seed=recipe.train.seed,
@@ -44,7 +45,7 @@ def train_margin(materials: Materials, params: Params, folder: Path, clock: Cloc
     )
 
     def refresh(step: int, now: Params) -> None:
-        batches.negatives = miner.negatives(step, now)
+        batches.negatives = miner.negatives(step, now, drawn)
 
     evaluate = dev_evaluation(materials)
     result = train(

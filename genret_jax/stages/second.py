@@ -16,9 +16,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Int
 from tqdm import tqdm
 
 from genret_jax.configs import ContrastiveConfig
+from genret_jax.data.batches import Batches
 from genret_jax.data.contrastive import (
     ContrastiveBatches,
     DocumentSide,
@@ -94,13 +96,12 @@ def train_ranking(materials: Materials, params: Params, folder: Path, clock: Clo
     miner = Miner(materials, folder / "negatives", clock)
     docids = materials.index.vocabulary.docids
     side = DocumentSide.of(materials.examples, miner.positives, docids, config)
-    negatives = miner.negatives(0, params)
+    pools = [with_documents(p, materials.examples, miner.positives) for p in materials.pools]
+    drawn = materials.batches(pools, batch_size=config.batch_size)
+    negatives = miner.negatives(0, params, drawn)
     counts = negatives_an_example(config, bool((np.asarray(negatives.prefix) >= 0).any()))
     batches = ContrastiveBatches(
-        materials.batches(
-            [with_documents(p, materials.examples, miner.positives) for p in materials.pools],
-            batch_size=config.batch_size,
-        ),
+        drawn,
         side,
         miner.questions,
         negatives,
@@ -110,7 +111,7 @@ def train_ranking(materials: Materials, params: Params, folder: Path, clock: Clo
     )
 
     def refresh(step: int, now: Params) -> None:
-        batches.negatives = miner.negatives(step, now)
+        batches.negatives = miner.negatives(step, now, drawn)
 
     encoder, ranker = DocumentEncoder(materials, side), materials.ranker()
     if clock.seconds:
@@ -243,8 +244,15 @@ class Miner:
         self.positives = known_positives(materials.split.all_pairs)
         self.questions = Questions.of(self.positives, materials.documents)
 
-    def negatives(self, step: int, params: Params) -> Negatives:
-        """Those of a step, from the folder where they were made before."""
+    def negatives(self, step: int, params: Params, drawn: Batches | None = None) -> Negatives:
+        """Those of a step, from the folder where they were made before.
+
+        Args:
+          step: from which on they serve.
+          params: that mine.
+          drawn: the batches, whose examples know their questions: what they do not ask until
+            negatives are mined again, or the steps end, gets none. None: everything is mined.
+        """
         config, seed = self._materials.recipe.contrastive, self._materials.recipe.train.seed
         folder = self._folder / str(step)
         digest = self._digest()
@@ -261,7 +269,9 @@ class Miner:
                 count=max(config.prefix_negatives, _PREFIX_POOL),
                 rng=np.random.default_rng([seed, step]),
             ),
-            retrieved=self._retrieved(params, np.random.default_rng([seed, step, 1])),
+            retrieved=self._retrieved(
+                params, self._order(step, np.random.default_rng([seed, step, 1]), drawn)
+            ),
             digest=digest,
             source=config.source,
             depth=depth,
@@ -270,17 +280,41 @@ class Miner:
         processes.see(folder / "negatives.json")
         return Negatives.load(folder)
 
-    def _retrieved(self, params: Params, rng: np.random.Generator) -> np.ndarray:
+    def _order(
+        self, step: int, rng: np.random.Generator, drawn: Batches | None
+    ) -> Int[np.ndarray, " asked"]:
+        """Rows of the questions to mine for, those first that are asked first.
+
+        Under a time budget nobody knows how many steps there will be: all questions follow.
+        """
+        everything = np.arange(len(self.questions.texts))
+        if drawn is None:
+            return rng.permutation(everything)
+        config = self._materials.recipe.contrastive
+        end = step + drawn.round_size
+        if not self._clock.seconds:
+            end = min(config.steps, step + (config.refresh_every or config.steps))
+        rows = [drawn.whole(n)["question_index"] for n in range(step, end)]
+        found = np.concatenate([everything[:0], *rows])
+        _, first = np.unique(found, return_index=True)
+        asked = found[np.sort(first)]
+        if not self._clock.seconds:
+            return asked
+        return np.concatenate([asked, rng.permutation(np.setdiff1d(everything, asked))])
+
+    def _retrieved(self, params: Params, order: Int[np.ndarray, " asked"]) -> np.ndarray:
         """int32[questions, mined]; under a time budget, for as many questions as fit into a part.
 
-        They are asked in random order, so that those left out are no kind of their own.
+        Args:
+          params: that mine.
+          order: rows of questions; what is not among them gets none.
         """
         config, questions, clock = self._materials.recipe.contrastive, self.questions, self._clock
         if not (config.rank or (config.retrieval and config.retrieved_negatives)):
             return np.full((len(questions.texts), 1), -1, np.int32)
         end = clock.elapsed + _MINING_SHARE * ((clock.seconds or 0.0) - clock.elapsed)
-        order = rng.permutation(len(questions.texts))
-        out = np.empty((len(order), max(config.mined, config.retrieved_negatives)), np.int32)
+        count = max(config.mined, config.retrieved_negatives)
+        out = np.full((len(questions.texts), count), -1, np.int32)
 
         def mined(some: list[int]) -> np.ndarray:
             return mine(
