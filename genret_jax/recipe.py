@@ -243,7 +243,11 @@ def _read(
         return _parts(recipe)
     except (ValueError, SyntaxError, TypeError, AttributeError, OSError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise UserError(f"recipe of {what}: {lines[0] if lines else error!r}") from None
+        found = lines[0].strip('"') if lines else repr(error)
+        raise UserError(
+            f"recipe of {what}, its gin files and --gin: {found.rstrip('.')}; the fields that "
+            "there are stand in genret_jax/configs.py"
+        ) from None
     finally:
         logging.disable(logging.NOTSET)
         gin.clear_config()
