@@ -102,7 +102,7 @@ def fit(
     split = split_corpus(corpus, recipe.data, seed=recipe.train.seed)
     if pseudo_queries:
         split = dataclasses.replace(split, pseudo=read_pseudo_queries(pseudo_queries, corpus))
-    begun = _stage_one(home, recipe, corpus, split, stage) if stage_one else None
+    begun = _stage_one(home, recipe, corpus, split) if stage_one else None
     claim(out, recipe, _identity_of_run(recipe, corpus, split, begun))
     last = stage or (2 if recipe.contrastive.wanted else 1)
     there = _stage_of(out)
@@ -113,7 +113,7 @@ def fit(
     if stage == 2 and there < 1 and not begun:
         raise UserError(f"{out}: stage 1 is not done here; run `genret fit` with --stage 1 first")
     if there == 1 and not begun and not (out / "training" / "checkpoints").is_dir():
-        begun = _stage_one(out, recipe, corpus, split, stage)  # trained elsewhere, or tidied up
+        begun = _stage_one(out, recipe, corpus, split)  # trained elsewhere, or tidied up
     measuring = Measuring(out / "profile" if profile else None, peak_flops)
     materials = _materials(corpus, split, recipe, home / "index", measuring)
     taken = from_t5x and _of_t5x(materials, from_t5x)
@@ -257,15 +257,16 @@ class _StageOne:
     digest: str
 
 
-def _stage_one(
-    folder: Path, recipe: Recipe, corpus: Corpus, split: Split, stage: int | None
-) -> _StageOne:
+def _stage_one(folder: Path, recipe: Recipe, corpus: Corpus, split: Split) -> _StageOne:
     """Opens stage 1 of another run.
 
+    Args:
+      folder: of a run that `_check_stage_one` has found good.
+      recipe, corpus, split: of this run.
+
     Raises:
-      UserError: it is not there, or not what stage 1 of this run would be.
+      UserError: it is not what stage 1 of this run would be.
     """
-    _check_stage_one(folder, recipe, stage)
     retriever = Retriever.load(folder)
     about, mark = retriever.about, json.loads((folder / "run.json").read_text(encoding="utf-8"))
     if mark.get("run") != _identity(about["recipe"], corpus, split):
@@ -288,6 +289,7 @@ def _stage_one(
 
 
 def _check_stage_one(folder: Path, recipe: Recipe, stage: int | None) -> None:
+    """UserError where no stage 2 is wanted, or the folder is no run of stage 1."""
     if stage == 1 or not recipe.contrastive.wanted:
         raise UserError("stage 1 of another run is given, but no stage 2 is wanted; leave it out")
     there = _stage_of(folder) if (folder / "run.json").is_file() else 0

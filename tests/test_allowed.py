@@ -24,11 +24,11 @@ from decoding_oracles import (
     sequence_sets,
 )
 from hypothesis import example, given, settings
+from tiny import SMALL_NETWORK
 
 from genret_jax.docids.table import DocidTable
 from genret_jax.errors import UserError
 from genret_jax.modeling.allowed import allowed_tokens
-from genret_jax.modeling.layers import T5Config
 from genret_jax.modeling.model import RetrievalModel
 from genret_jax.recipe import load_generator_recipe, load_recipe
 from genret_jax.trie import build_trie
@@ -73,17 +73,7 @@ def test_allowed_are_the_tokens_of_identifiers_with_that_prefix(sequences, wrong
 
 # ---- the model
 
-CONFIG = T5Config(
-    vocab_size=40,
-    embed_dim=16,
-    num_heads=2,
-    head_dim=4,
-    mlp_dim=24,
-    num_encoder_layers=1,
-    num_decoder_layers=1,
-    relative_buckets=8,
-    relative_max_distance=16,
-)
+CONFIG = dataclasses.replace(SMALL_NETWORK, vocab_size=40)
 DOCIDS = DocidSpace(26, 10)
 SEQUENCES = [[2, 3], [2, 4], [2, 4, 5], [3], [4, 9, 9, 2], [4, 9, 9, 3], [5, 2], [5, 3], [2, 4]]
 

@@ -11,25 +11,15 @@ import numpy as np
 import pytest
 from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from tiny import SMALL_NETWORK
 
 from genret_jax.docids.table import DocidTable
-from genret_jax.modeling.layers import T5Config
 from genret_jax.modeling.model import RetrievalModel
 from genret_jax.modeling.network import T5
 from genret_jax.trie import build_trie
 from genret_jax.vocabularies import DocidSpace
 
-CONFIG = T5Config(
-    vocab_size=64,
-    embed_dim=16,
-    num_heads=2,
-    head_dim=4,
-    mlp_dim=24,
-    num_encoder_layers=1,
-    num_decoder_layers=1,
-    relative_buckets=8,
-    relative_max_distance=16,
-)
+CONFIG = SMALL_NETWORK
 START, DOCIDS = 40, 14  # local ids 2..13 are model ids 40..51; 52..63 are spare rows
 UNTIED = RetrievalModel(CONFIG, DocidSpace(START, DOCIDS))
 SMOOTH = dataclasses.replace(UNTIED, label_smoothing=0.1, z_loss=1e-3)

@@ -11,7 +11,7 @@ import signal
 import jax
 import numpy as np
 import pytest
-from tiny import FAST, tiny_corpus
+from tiny import FAST, asked_questions, tiny_corpus
 
 from genret_jax import Retriever, UserError
 from genret_jax.cli import main
@@ -502,7 +502,7 @@ def test_questions_are_mined_for_that_the_steps_ask(run, retriever, tmp_path, re
     everything = every.negatives(0, retriever.params).retrieved
     last = 3
     for step, end in ((0, refresh or 3), *([(2, 3)] if refresh else [])):
-        asked = np.unique([drawn.whole(n)["question_index"] for n in range(step, end)])
+        asked = asked_questions(materials, range(step, end))
         found = miner.negatives(step, retriever.params, drawn).retrieved
         np.testing.assert_array_equal(found[asked], everything[asked])
         others = np.setdiff1d(np.arange(len(found)), asked)

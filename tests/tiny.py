@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from genret_jax.corpus import Corpus, Document
+from genret_jax.modeling.layers import T5Config
 
 _TOPICS = {
     "lifts": ("Lift mechanics", "install and repair lifts, hoists and escalators in buildings"),
@@ -33,6 +34,32 @@ def tiny_corpus() -> Corpus:
                 queries[query] = form.format(words[number % len(words)], name)
                 qrels.setdefault(split, {})[query] = {name: 1}
     return Corpus(tuple(documents), queries, qrels, name="tiny")
+
+
+# A network for tests of the model alone; they choose the vocabulary.
+SMALL_NETWORK = T5Config(
+    vocab_size=64,
+    embed_dim=16,
+    num_heads=2,
+    head_dim=4,
+    mlp_dim=24,
+    num_encoder_layers=1,
+    num_decoder_layers=1,
+    relative_buckets=8,
+    relative_max_distance=16,
+)
+
+
+def asked_questions(materials, steps: range) -> list[int]:
+    """Rows of the questions that batches of a second stage ask in some of its steps."""
+    from genret_jax.data.contrastive import with_documents
+    from genret_jax.negatives import known_positives
+
+    positives = known_positives(materials.split.all_pairs)
+    pools = [with_documents(pool, materials.examples, positives) for pool in materials.pools]
+    size = materials.recipe.contrastive.batch_size
+    drawn = materials.batches(pools, batch_size=size)
+    return sorted({row for n in steps for row in drawn.whole(n)["question_index"].tolist()})
 
 
 # Bindings that make a fit of the tiny corpus a matter of seconds.
