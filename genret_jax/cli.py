@@ -23,6 +23,7 @@ from genret_jax.cli_options import (
     add_search_options,
     names,
 )
+from genret_jax.cli_output import lines_of, log_to_stderr, show
 from genret_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = _parser().parse_args(argv)
     arguments.started = time.monotonic()  # a time budget counts everything from here
-    _quiet()
+    log_to_stderr()
     try:
         return arguments.run(arguments) or 0
     except UserError as error:
@@ -61,28 +62,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         place = f"{error.filename}: " if error.filename else ""
         print(f"genret: {place}{error.strerror or error}", file=sys.stderr)
         return 2
-
-
-class _Stderr(logging.StreamHandler):
-    """Writes to what stderr is now: whoever called `main` may have replaced it since."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.stream = sys.stderr
-        super().emit(record)
-
-
-def _quiet() -> None:
-    """Our own log lines to stderr; those of the libraries only when something is wrong."""
-    handler = _Stderr()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-    log.handlers[:] = [handler]
-    log.setLevel(logging.INFO)
-    log.propagate = False
-    logging.getLogger("absl").setLevel(logging.ERROR)
-
-
-def _print(arguments: argparse.Namespace, value: dict[str, Any], text: str) -> None:
-    print(json.dumps(value) if arguments.json else text)
 
 
 def fit(arguments: argparse.Namespace) -> None:
@@ -117,7 +96,7 @@ def fit(arguments: argparse.Namespace) -> None:
         return
     about = retriever.about
     dev = ", ".join(f"{name} {value:.3f}" for name, value in about["dev"].items())
-    _print(
+    show(
         arguments,
         {"run": str(arguments.out), **about},
         f"{arguments.out}: {about['training']['steps']} steps in "
@@ -142,10 +121,10 @@ def pseudo_queries(arguments: argparse.Namespace) -> None:
         started=arguments.started,
     )
     text = (
-        f"{_lines_of(report)}\nNext: genret fit {arguments.corpus} --out RUN "
+        f"{lines_of(report)}\nNext: genret fit {arguments.corpus} --out RUN "
         f"--pseudo-queries {arguments.out}"
     )
-    _print(arguments, {"out": str(arguments.out), **report}, text)
+    show(arguments, {"out": str(arguments.out), **report}, text)
 
 
 def search(arguments: argparse.Namespace) -> None:
@@ -171,7 +150,7 @@ def search(arguments: argparse.Namespace) -> None:
         for h in hits
     ]
     value = {"query": arguments.query, "hits": hits}
-    _print(arguments, value, "\n".join(lines))
+    show(arguments, value, "\n".join(lines))
 
 
 def _ids(given: Sequence[str] | None) -> list[str] | None:
@@ -212,7 +191,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     name = "-".join([arguments.split, *search])
     paths = comparison.write(folder, name)
     _add_metrics(folder / "metrics.json", name, comparison.methods[retriever.name])
-    _print(
+    show(
         arguments,
         comparison.to_dict(),
         f"{comparison.text()}\n\nwritten: {', '.join(map(str, paths))}",
@@ -300,7 +279,7 @@ def _report(arguments: argparse.Namespace, report: Any, files: Sequence[str]) ->
     """Prints what a comparison or an ablation found, and where it is; 1 where a part failed."""
     written = [str(Path(arguments.out) / name) for name in files]
     text = f"{report.markdown()}\nwritten: {', '.join(written)}"
-    _print(arguments, {"out": arguments.out, **report.to_dict(), "written": written}, text)
+    show(arguments, {"out": arguments.out, **report.to_dict(), "written": written}, text)
     for name, reason in report.failures.items():
         print(f"genret: {name} failed: {reason}", file=sys.stderr)
     return 1 if report.failures else 0
@@ -328,7 +307,7 @@ def index(arguments: argparse.Namespace) -> None:
         **made.about,
         "example": [made.table.text(row) for row in range(min(5, made.table.rows))],
     }
-    _print(arguments, about, _lines_of(about))
+    show(arguments, about, lines_of(about))
 
 
 def info(arguments: argparse.Namespace) -> None:
@@ -342,7 +321,7 @@ def info(arguments: argparse.Namespace) -> None:
             if (place / "retriever.json").is_file():
                 break
             about = Index.load(place).about
-            _print(arguments, about, _lines_of(about))
+            show(arguments, about, lines_of(about))
             return
     retriever = open_searcher(folder)
     about = {k: v for k, v in retriever.about.items() if k != "recipe"}
@@ -351,7 +330,7 @@ def info(arguments: argparse.Namespace) -> None:
     about["bytes"] = {
         p.name: p.stat().st_size for p in sorted(retriever.folder.iterdir()) if p.is_file()
     }
-    _print(arguments, about, _lines_of(about))
+    show(arguments, about, lines_of(about))
 
 
 def export(arguments: argparse.Namespace) -> None:
@@ -359,14 +338,14 @@ def export(arguments: argparse.Namespace) -> None:
     from genret_jax.retriever import Retriever
 
     about = export_retriever(Retriever.load(arguments.run_folder), arguments.out)
-    _print(arguments, about, _lines_of(about))
+    show(arguments, about, lines_of(about))
 
 
 def quickstart(arguments: argparse.Namespace) -> None:
     from genret_jax.quickstart.run import run_quickstart
 
     value, text = run_quickstart(Path(arguments.out), started=arguments.started)
-    _print(arguments, value, text)
+    show(arguments, value, text)
 
 
 def _recipe(arguments: argparse.Namespace) -> Recipe:
@@ -409,18 +388,6 @@ def _corpus_of(retriever: Opened, given: str | None) -> Corpus:
             "give the same corpus, or fit again"
         )
     return corpus
-
-
-def _lines_of(value: dict[str, Any], indent: str = "") -> str:
-    """A nested dict as aligned lines."""
-    lines = []
-    width = max((len(str(key)) for key in value), default=0)
-    for key, item in value.items():
-        if isinstance(item, dict) and item:
-            lines += [f"{indent}{key}", _lines_of(item, indent + "  ")]
-        else:
-            lines.append(f"{indent}{str(key):<{width}}  {item}")
-    return "\n".join(lines)
 
 
 def _parser() -> argparse.ArgumentParser:

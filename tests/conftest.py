@@ -61,7 +61,7 @@ def quiet(monkeypatch):
     """The command line would leave a log handler for the stderr of one test to the next."""
     from genret_jax import cli
 
-    monkeypatch.setattr(cli, "_quiet", lambda: None)
+    monkeypatch.setattr(cli, "log_to_stderr", lambda: None)
 
 
 @pytest.fixture(scope="session")

@@ -38,7 +38,7 @@ def added(tmp_path, monkeypatch):
         assert not path.exists() and path.parent.is_dir(), path
         path.write_text(content)
     monkeypatch.setattr(recipe, "gin_folder", lambda: gin)
-    monkeypatch.setattr(cli, "_quiet", lambda: None)
+    monkeypatch.setattr(cli, "log_to_stderr", lambda: None)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
     write_corpus(tiny_corpus(), tmp_path / "my_corpus")

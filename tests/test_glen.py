@@ -338,7 +338,7 @@ BINDINGS = (
 
 
 def test_a_run_from_end_to_end(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(cli, "_quiet", lambda: None)
+    monkeypatch.setattr(cli, "log_to_stderr", lambda: None)
     write_corpus(tiny_corpus(), tmp_path / "data")
     recipe = load_recipe("glen", bindings=BINDINGS)
     fitted = fit_method(tmp_path / "data", recipe=recipe, out=tmp_path / "run")

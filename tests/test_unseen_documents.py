@@ -115,7 +115,7 @@ def test_dev_metrics_are_those_of_a_search(retriever):
 
 
 def test_info_tells_what_both_kinds_gain(run, capsys, monkeypatch):
-    monkeypatch.setattr(cli, "_quiet", lambda: None)
+    monkeypatch.setattr(cli, "log_to_stderr", lambda: None)
     assert main(["info", str(run), "--json"]) == 0
     about = json.loads(capsys.readouterr().out)
     kinds = about["second_stage"]["fusion"]["kinds"]
