@@ -267,6 +267,7 @@ def compare(arguments: argparse.Namespace) -> int:
         splits=arguments.splits,
         minutes=arguments.minutes,
         steps=arguments.steps,
+        queries=arguments.queries,
         jobs=arguments.jobs,
         size=arguments.size,
         gin_files=arguments.gin_file,

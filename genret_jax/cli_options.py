@@ -189,6 +189,12 @@ def add_compare_options(command: argparse.ArgumentParser) -> None:
         help="whose queries are searched (default test); with several, such as seen and unseen "
         "ones, a table each; of several collections each is asked those that it has",
     )
+    command.add_argument(
+        "--queries",
+        type=int,
+        metavar="N",
+        help="of each split, at most: evenly drawn, the same for all methods (default all)",
+    )
     add_gin_options(command)
 
 

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from genret_jax.comparison.methods import Method
-from genret_jax.corpus import Corpus, Run
+from genret_jax.corpus import Corpus, Qrels, Run
 from genret_jax.errors import UserError
 from genret_jax.evaluation import DEFAULT_METRICS, per_query
 from genret_jax.harness.jobs import Job, Ledger, digest_of
@@ -58,11 +60,13 @@ class Settings:
 
     Attributes:
       minutes, steps: the budget of a training, one of them or none: then the recipes' steps.
+      queries: asked of a split, at most; None for all.
       size, gin_files, bindings: as `load_recipe` takes them.
     """
 
     minutes: float | None = None
     steps: int | None = None
+    queries: int | None = None
     size: str | None = None
     gin_files: tuple[str, ...] = ()
     bindings: tuple[str, ...] = ()
@@ -123,7 +127,23 @@ class Bench:
         digest = digest_of(about, self._digest, minutes)
         name = method.slug if seed is None else f"{method.slug}-seed-{seed}"
         folder = self._out / "runs" / f"{name}-{digest[:10]}"
-        return Cell(method, seed, split, digest_of(digest, split, DEPTH), method, recipe, folder)
+        asked, judged = len(self.asked(split)), len(self._corpus.qrels[split])
+        about = (digest, split, DEPTH) if asked == judged else (digest, split, DEPTH, asked)
+        return Cell(method, seed, split, digest_of(*about), method, recipe, folder)
+
+    def asked(self, split: str) -> dict[str, str]:
+        """Query id -> text of those that are searched: all of a split, or as many, evenly drawn."""
+        queries, most = self._corpus.split_queries(split), self._settings.queries
+        if most is None or len(queries) <= most:
+            return queries
+        names = list(queries)
+        drawn = np.linspace(0, len(names) - 1, most).round().astype(int)
+        return {names[i]: queries[names[i]] for i in drawn}
+
+    def _judgements(self, split: str) -> Qrels:
+        """Those of the queries that are searched."""
+        qrels = self._corpus.qrels[split]
+        return {query: qrels[query] for query in self.asked(split)}
 
     def trainings(self, cells: Sequence[Cell]) -> dict[Path, Child]:
         """The trainings that cells need and that are not there yet: folder -> how to do it.
@@ -164,8 +184,9 @@ class Bench:
             lambda: fit_method(self._given, recipe=recipe, out=folder, minutes=minutes),
         )
         searcher = self._trainings.opened(folder)
-        queries, qrels = self._corpus.split_queries(cell.split), self._corpus.qrels[cell.split]
-        found = rank(Asked(searcher), queries, qrels, latency=True)
+        found = rank(
+            Asked(searcher), self.asked(cell.split), self._judgements(cell.split), latency=True
+        )
         training = searcher.about["training"]
         measured = Measured(
             seed=cell.seed,
@@ -192,13 +213,13 @@ class Bench:
             for part in cell.dev:
                 self._done(part)
             dev = [self._ledger.run_of(part) for part in cell.dev]
-            first = fit_weights(dev[0], dev[1], self._corpus.qrels[DEV]).first
+            first = fit_weights(dev[0], dev[1], self._judgements(DEV)).first
             run = weighted(runs, [first, 1 - first], k=DEPTH)
             figures["weight"] = first
         speeds = [1 / one.figures["queries_per_second"] for one in measured]
         figures["queries_per_second"] = 1 / sum(speeds)
         figures["index_bytes"] = sum(one.figures["index_bytes"] for one in measured)
-        values = per_query(run, self._corpus.qrels[cell.split], DEFAULT_METRICS)
+        values = per_query(run, self._judgements(cell.split), DEFAULT_METRICS)
         # Both were asked the same queries alone, until their time was up.
         together = zip(*(one.latencies for one in measured), strict=False)
         found = Measured(

@@ -37,7 +37,7 @@ def html(report: Report, pictures: Mapping[str, bytes]) -> str:
     parts = [f"<h1>{_text(report.title())}</h1>"]
     for split in report.tables:
         parts += [
-            f"<h2>{_text(split)}: {report.queries[split]} queries</h2>",
+            f"<h2>{_text(report.heading(split))}</h2>",
             _table(report.head(split), report.lines(split)),
         ]
     parts += [f"<p>{_text(note)}</p>" for note in report.notes()]

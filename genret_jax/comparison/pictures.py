@@ -64,7 +64,7 @@ def _scatter(report: Report, cost: str, label: str) -> Any:
             points.append((x, y, row.name))
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter("{x:g}")
-        axes.set(xlabel=label, ylabel=LABEL, title=f"{split}: {report.queries[split]} queries")
+        axes.set(xlabel=label, ylabel=LABEL, title=report.heading(split))
         axes.margins(x=0.25, y=0.12)  # room for the names
         axes.set_ylim(bottom=max(0.0, axes.get_ylim()[0]))
         axes.grid(alpha=0.25)

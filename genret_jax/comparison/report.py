@@ -47,7 +47,8 @@ class Report:
     Attributes:
       tables: split -> rows, in the order in which the methods were named.
       corpus, documents: what was searched.
-      queries: split -> how many.
+      queries: split -> how many were searched.
+      judged: split -> how many it has; left out where all were searched.
       seeds, budget: of the trainings; the budget in words.
       also_failed: what failed on dev, where weights are fitted.
     """
@@ -59,6 +60,7 @@ class Report:
     seeds: tuple[int, ...]
     budget: str
     also_failed: dict[str, str] = dataclasses.field(default_factory=dict)
+    judged: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def files(self) -> list[str]:
@@ -97,6 +99,12 @@ class Report:
     def title(self) -> str:
         seeds = f"seed{'s' if len(self.seeds) > 1 else ''} {', '.join(map(str, self.seeds))}"
         return f"{self.corpus}: {self.documents} documents, {self.budget}, {seeds}"
+
+    def heading(self, split: str) -> str:
+        """Of a split's table or picture."""
+        asked = self.queries[split]
+        judged = self.judged.get(split, asked)
+        return f"{split}: {asked} {'' if asked == judged else f'of {judged} '}queries"
 
     def head(self, split: str) -> list[str]:
         """The head of a split's table."""
@@ -139,7 +147,7 @@ class Report:
         """Title, tables, notes, pictures, what the rows are, and what failed."""
         parts = [f"# {self.title()}"]
         for split in self.tables:
-            parts += [f"## {split}: {self.queries[split]} queries", self._table(split)]
+            parts += [f"## {self.heading(split)}", self._table(split)]
         parts += self.notes()
         parts += [f"![{name}]({_PICTURES}/{name}.png)" for name in self._pictures]
         parts.append("\n".join(f"- {name}: {what}" for name, what in self.legend().items()))
@@ -156,6 +164,7 @@ class Report:
             "corpus": self.corpus,
             "documents": self.documents,
             "queries": self.queries,
+            "judged": self.queries | self.judged,
             "seeds": list(self.seeds),
             "budget": self.budget,
             "splits": {

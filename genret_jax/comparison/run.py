@@ -39,6 +39,7 @@ def compare_methods(
     splits: Sequence[str] = ("test",),
     minutes: float | None = None,
     steps: int | None = None,
+    queries: int | None = None,
     jobs: int = 1,
     size: str | None = None,
     gin_files: Sequence[str | Path] = (),
@@ -56,6 +57,7 @@ def compare_methods(
       splits: whose queries are searched, a table each.
       minutes: that a method may take to be trained.
       steps: instead, that it is trained for, all its stages together; the recipe's without either.
+      queries: searched of each split, at most: so many, evenly drawn, and the same for all methods.
       jobs: trainings at a time. With more than one, each is a process of its own whose log is in
         `out`/logs; what is measured is measured when all have ended, one after the other.
       size, gin_files, bindings: of all methods, as `load_recipe` takes them.
@@ -68,7 +70,7 @@ def compare_methods(
       UserError: a mistake in what is given, found before anything is trained.
       Interrupted: after SIGTERM or Ctrl-C, once checkpoints are written.
     """
-    settings = _settings(seeds, minutes, steps, jobs, size, gin_files, bindings)
+    settings = _settings(seeds, minutes, steps, queries, jobs, size, gin_files, bindings)
     read = corpus if isinstance(corpus, Corpus) else read_corpus(corpus)
     planned = _planned(corpus, read, Path(out), methods, seeds, splits, settings)
     _train([planned], jobs)
@@ -84,6 +86,7 @@ def compare_collections(
     splits: Sequence[str] = ("test",),
     minutes: float | None = None,
     steps: int | None = None,
+    queries: int | None = None,
     jobs: int = 1,
     size: str | None = None,
     gin_files: Sequence[str | Path] = (),
@@ -94,12 +97,13 @@ def compare_collections(
     Args:
       corpora: BEIR folders, each of a name of its own.
       splits: each collection has at least one of them, and is searched with those that it has.
-      out, methods, seeds, minutes, steps, jobs, size, gin_files, bindings: as of `compare_methods`.
+      out, methods, seeds, minutes, steps, queries, jobs, size, gin_files, bindings: as of
+        `compare_methods`.
 
     Raises:
       UserError, Interrupted: as `compare_methods` does.
     """
-    settings = _settings(seeds, minutes, steps, jobs, size, gin_files, bindings)
+    settings = _settings(seeds, minutes, steps, queries, jobs, size, gin_files, bindings)
     out = Path(out)
     read = [read_corpus(corpus) for corpus in corpora]
     names = [Path(corpus).resolve().name for corpus in corpora]
@@ -130,6 +134,7 @@ def _settings(
     seeds: Sequence[int],
     minutes: float | None,
     steps: int | None,
+    queries: int | None,
     jobs: int,
     size: str | None,
     gin_files: Sequence[str | Path],
@@ -138,7 +143,9 @@ def _settings(
     check_budget(steps, minutes)
     check_settings(seeds, minutes)
     check_jobs(jobs)
-    return Settings(minutes, steps, size, tuple(map(str, gin_files)), tuple(bindings))
+    if queries is not None and queries < 1:
+        raise UserError(f"{queries} queries of a split: nothing to measure; give 1 or more")
+    return Settings(minutes, steps, queries, size, tuple(map(str, gin_files)), tuple(bindings))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,7 +176,8 @@ class _Planned:
             tables={s: tuple(rows[s, method.name] for method in self.chosen) for s in self.splits},
             corpus=self.corpus.name,
             documents=len(self.corpus.documents),
-            queries={split: len(self.corpus.qrels[split]) for split in self.splits},
+            queries={split: len(self.bench.asked(split)) for split in self.splits},
+            judged={split: len(self.corpus.qrels[split]) for split in self.splits},
             seeds=self.seeds,
             budget=self.settings.text(),
             also_failed={
