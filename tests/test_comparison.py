@@ -16,7 +16,7 @@ from tiny import FAST, tiny_corpus
 
 from genret_jax.cli import main
 from genret_jax.comparison import bench
-from genret_jax.corpus import read_run, write_corpus
+from genret_jax.corpus import read_corpus, read_run, write_corpus
 from genret_jax.errors import UserError
 from genret_jax.evaluation import DEFAULT_METRICS, evaluate
 from genret_jax.harness.measuring import index_bytes
@@ -370,6 +370,7 @@ def test_a_stage_has_at_least_one_step(steps, share, expected):
         (["bm25"], ["--steps", "0"], "steps must be a whole number from 1, found 0"),
         (["dogr"], ["--steps", "1"], "steps must be at least 1 a stage, found 1"),
         (["bm25"], ["--steps", "9", "--minutes", "1"], "both steps and minutes are given"),
+        (["bm25"], ["--queries", "0"], "queries of a split must be a whole number from 1, found 0"),
         (["bm25"], ["--jobs", "0"], "jobs must be a whole number from 1, found 0"),
         (["dis"], [], "method 'dis' is not known; choose one of bm25, "),
         (["rrf:bm25"], [], "a fusion is rrf:A:B"),
@@ -395,6 +396,31 @@ def test_mistakes_are_found_before_anything_is_fitted(
     captured = capsys.readouterr()
     assert message in captured.err.splitlines()[-1] and not captured.out
     assert not pretended and not (tmp_path / "out").exists()
+
+
+def test_fewer_queries_are_evenly_drawn_and_the_same_for_all(collection, tmp_path, capsys):
+    methods = ["bm25", "tfidf+q", "rrf:bm25:tfidf+q", "weighted:bm25:tfidf+q"]
+    arguments = command(collection, tmp_path, methods)
+    assert main([*arguments, "--queries", "3"]) == 0
+    corpus = read_corpus(collection)
+    assert len(corpus.qrels["test"]) == 8 and len(corpus.qrels["dev"]) == 8
+    names = list(corpus.qrels["test"])
+    wanted = {name: corpus.qrels["test"][name] for name in (names[0], names[4], names[7])}
+    for method in methods:
+        slug = method.replace(":", "-")
+        run = read_run(tmp_path / "trec" / "test" / f"{slug}.trec")
+        assert list(run) == list(wanted)
+        found = report_of(tmp_path)["splits"]["test"]["rows"][method]["mean"]
+        assert found == pytest.approx(evaluate(run, wanted, DEFAULT_METRICS))
+    assert len(read_run(tmp_path / "trec" / "dev" / "bm25.trec")) == 3
+    assert "## test: 3 of 8 queries" in (tmp_path / "comparison.md").read_text()
+    built = {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").rglob("retriever.json")}
+    capsys.readouterr()
+    assert main([*arguments, "--queries", "9"]) == 0
+    assert "is there" not in capsys.readouterr().err, "other queries, other results"
+    assert "## test: 8 queries" in (tmp_path / "comparison.md").read_text()
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").rglob("retriever.json")} == built
+    assert main(arguments) == 0 and capsys.readouterr().err.count("is there") == 6, "all are all"
 
 
 def test_weights_need_dev(tmp_path, capsys):

@@ -144,7 +144,7 @@ def _settings(
     check_settings(seeds, minutes)
     check_jobs(jobs)
     if queries is not None and queries < 1:
-        raise UserError(f"{queries} queries of a split: nothing to measure; give 1 or more")
+        raise UserError(f"queries of a split must be a whole number from 1, found {queries}")
     return Settings(minutes, steps, queries, size, tuple(map(str, gin_files)), tuple(bindings))
 
 
