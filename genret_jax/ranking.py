@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -17,11 +17,12 @@ from jaxtyping import Bool, Float32, Int
 from genret_jax.device_trie import DeviceTrie
 from genret_jax.docids.features import unit_length
 from genret_jax.look_ahead import best_under_states
+from genret_jax.modeling.layers import T5Config
 from genret_jax.modeling.model import Params, RetrievalModel
 from genret_jax.precision import restored
 from genret_jax.scoring import Candidates, Fusion
 from genret_jax.trie import Trie
-from genret_jax.vocabularies import Vocabulary
+from genret_jax.vocabularies import DocidSpace, Vocabulary
 
 # Batches are filled up to one of these, so that a handful of programs serves every call.
 BATCH_SIZES = (1, 8, 64)
@@ -76,6 +77,30 @@ class Ranked:
     unseen: bool | None = None
 
 
+class _Programs(NamedTuple):
+    """What is compiled: a search with the queries' vectors, and these vectors alone."""
+
+    search: Any
+    embed: Any
+
+
+@functools.lru_cache(maxsize=8)
+def _programs(config: T5Config, docids: DocidSpace, vector: str, normaliser: str) -> _Programs:
+    """One set for all rankers whose searches differ in nothing but weights and tries.
+
+    So the retrievers of an ablation, and those of a comparison's seeds, compile once.
+    """
+    model = RetrievalModel(config, docids, vector=vector, normaliser=normaliser)
+
+    def search(params: Params, *arguments: Any, **options: Any) -> Any:
+        return model.search_and_embed(restored(params), *arguments, **options)
+
+    def embed(params: Params, tokens: Any) -> Any:
+        return model.vectors(restored(params), tokens)
+
+    return _Programs(jax.jit(search, static_argnames="beam"), jax.jit(embed))
+
+
 @dataclasses.dataclass(frozen=True)
 class Ranker:
     """A model and its identifiers, ready for any parameters.
@@ -109,15 +134,9 @@ class Ranker:
         return dataclasses.replace(self.model, trie=self.device_trie)
 
     @functools.cached_property
-    def _search(self) -> Any:
-        def search(params: Params, *arguments: Any, **options: Any) -> Any:
-            return self.model.search_and_embed(restored(params), *arguments, **options)
-
-        return jax.jit(search, static_argnames="beam")
-
-    @functools.cached_property
-    def _embed(self) -> Any:
-        return jax.jit(lambda params, tokens: self.model.vectors(restored(params), tokens))
+    def _programs(self) -> _Programs:
+        model = self.model
+        return _programs(model.config, model.docids, model.vector, model.normaliser)
 
     def rank(
         self,
@@ -171,9 +190,9 @@ class Ranker:
             tokens = np.pad(tokens, ((0, size - len(chunk)), (0, 0)))
             ahead = None
             if look_ahead is not None:
-                query = self._compared(self._embed(params, tokens))
+                query = self._compared(self._programs.embed(params, tokens))
                 ahead = self._ahead(look_ahead, query, allowed, size=len(trie.edge_token))
-            result, query = self._search(params, tokens, trie, beam=beam, look_ahead=ahead)
+            result, query = self._programs.search(params, tokens, trie, beam=beam, look_ahead=ahead)
             rows, scores = np.asarray(result.row), np.asarray(result.scores)
             query = self._compared(query)
             out += [self._reached(rows[i], scores[i], query[i], allowed) for i in range(len(chunk))]

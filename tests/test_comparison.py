@@ -7,6 +7,7 @@ import csv
 import html.parser
 import io
 import json
+import os
 import re
 import shutil
 
@@ -434,8 +435,10 @@ def test_weights_need_dev(tmp_path, capsys):
 # ---- several collections
 
 
-def test_collections_side_by_side(collection, tmp_path, capsys):
+def test_collections_side_by_side(collection, tmp_path, capsys, monkeypatch):
     """One table of two collections; trained by two processes, each with its own log."""
+    one_device = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
+    monkeypatch.setenv("XLA_FLAGS", one_device)
     other = tmp_path / "other"
     corpus = tiny_corpus()
     corpus.qrels["unseen"] = corpus.qrels.pop("test")

@@ -20,6 +20,8 @@ from genret_jax.cli import main
 from genret_jax.corpus import write_corpus
 from genret_jax.searchers import open_searcher
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 TEXT = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
 

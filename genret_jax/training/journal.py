@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import jax
@@ -11,6 +12,8 @@ from clu import metric_writers
 from genret_jax.files import replace_on_success
 from genret_jax.training.budget import Plan
 from genret_jax.training.curves import draw_curves
+
+_REDRAWN = 10.0  # seconds between two drawings of the curves, at least
 
 Record = dict[str, float | int | str]
 
@@ -27,6 +30,7 @@ class Journal:
     def __init__(self, folder: Path, *, after_step: int):
         self._folder = folder
         self._writes = jax.process_index() == 0
+        self._drawn = time.monotonic()
         self.records = read_records(folder / "metrics.jsonl", up_to=after_step)
         if not self._writes:
             return
@@ -39,7 +43,8 @@ class Journal:
         """Adds one record.
 
         Args:
-          kind: "train" or "dev"; a dev record also redraws the curves.
+          kind: "train" or "dev"; a dev record also redraws the curves, where they were not drawn
+            just before.
           plan: where the run stands.
           values: numbers by name.
         """
@@ -52,7 +57,9 @@ class Journal:
         self._tensorboard.write_scalars(plan.step, {f"{kind}/{k}": v for k, v in values.items()})
         if kind == "dev":
             self._tensorboard.flush()
-            draw_curves(self.records, self._folder / "curves.png")
+            if time.monotonic() - self._drawn > _REDRAWN:
+                draw_curves(self.records, self._folder / "curves.png")
+                self._drawn = time.monotonic()
 
     def close(self) -> None:
         """Draws the curves once more, and ends the TensorBoard file."""
