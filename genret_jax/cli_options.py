@@ -193,7 +193,8 @@ def add_compare_options(command: argparse.ArgumentParser) -> None:
         "--queries",
         type=int,
         metavar="N",
-        help="of each split, at most: evenly drawn, the same for all methods (default all)",
+        help="search at most N queries of each split (and of dev, for weighted:A:B): every so "
+        "many-th, the same for all methods; without it all",
     )
     add_gin_options(command)
 

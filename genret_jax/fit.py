@@ -30,6 +30,7 @@ from genret_jax.files import replace_on_success
 from genret_jax.indexing import Index, build_index, documents_digest, vocabulary_identity
 from genret_jax.modeling.model import Params
 from genret_jax.pseudo_queries import read_pseudo_queries
+from genret_jax.ranking import forget_programs
 from genret_jax.recipe import Recipe
 from genret_jax.retriever import Retriever, find_retriever, write_retriever
 from genret_jax.splitting import Split, split_corpus
@@ -98,6 +99,8 @@ def fit(
         _check_stage_one(Path(stage_one), recipe, stage)
     out, home, given = Path(out), Path(stage_one or out), corpus
     clock = Clock(minutes * 60 if minutes else None, started=started, reserve=_RESERVE_SECONDS)
+    if minutes:
+        forget_programs()  # else what another fit has compiled would leave this one more steps
     path, corpus = processes.everywhere(lambda: read_given(given))
     split = split_corpus(corpus, recipe.data, seed=recipe.train.seed)
     if pseudo_queries:

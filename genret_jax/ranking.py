@@ -101,6 +101,11 @@ def _programs(config: T5Config, docids: DocidSpace, vector: str, normaliser: str
     return _Programs(jax.jit(search, static_argnames="beam"), jax.jit(embed))
 
 
+def forget_programs() -> None:
+    """So that the next ranker compiles its own."""
+    _programs.cache_clear()
+
+
 @dataclasses.dataclass(frozen=True)
 class Ranker:
     """A model and its identifiers, ready for any parameters.

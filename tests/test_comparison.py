@@ -17,6 +17,7 @@ from tiny import FAST, tiny_corpus
 
 from genret_jax.cli import main
 from genret_jax.comparison import bench
+from genret_jax.comparison.run import compare_methods
 from genret_jax.corpus import read_corpus, read_run, write_corpus
 from genret_jax.errors import UserError
 from genret_jax.evaluation import DEFAULT_METRICS, evaluate
@@ -407,21 +408,31 @@ def test_fewer_queries_are_evenly_drawn_and_the_same_for_all(collection, tmp_pat
     assert len(corpus.qrels["test"]) == 8 and len(corpus.qrels["dev"]) == 8
     names = list(corpus.qrels["test"])
     wanted = {name: corpus.qrels["test"][name] for name in (names[0], names[4], names[7])}
+    trec = tmp_path / "trec" / "test-3-queries"
     for method in methods:
-        slug = method.replace(":", "-")
-        run = read_run(tmp_path / "trec" / "test" / f"{slug}.trec")
+        run = read_run(trec / f"{method.replace(':', '-')}.trec")
         assert list(run) == list(wanted)
         found = report_of(tmp_path)["splits"]["test"]["rows"][method]["mean"]
         assert found == pytest.approx(evaluate(run, wanted, DEFAULT_METRICS))
-    assert len(read_run(tmp_path / "trec" / "dev" / "bm25.trec")) == 3
+    dev = [read_run(trec.parent / "dev-3-queries" / f"{name}.trec") for name in methods[:2]]
+    assert all(len(run) == 3 for run in dev), "weights are fitted on as many"
     assert "## test: 3 of 8 queries" in (tmp_path / "comparison.md").read_text()
+    assert "test: 3 of 8 queries" in (tmp_path / "comparison.html").read_text()
+    lines = list(csv.DictReader(io.StringIO((tmp_path / "comparison.csv").read_text())))
+    assert {(line["queries"], line["judged"]) for line in lines} == {("3", "8")}
     built = {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").rglob("retriever.json")}
     capsys.readouterr()
-    assert main([*arguments, "--queries", "9"]) == 0
-    assert "is there" not in capsys.readouterr().err, "other queries, other results"
-    assert "## test: 8 queries" in (tmp_path / "comparison.md").read_text()
+    for number, heading in ((4, "4 of 8"), (9, "8")):
+        assert main([*arguments, "--queries", str(number)]) == 0
+        assert "is there" not in capsys.readouterr().err, "other queries, other results"
+        assert f"## test: {heading} queries" in (tmp_path / "comparison.md").read_text()
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").rglob("retriever.json")} == built
-    assert main(arguments) == 0 and capsys.readouterr().err.count("is there") == 6, "all are all"
+    for same in (arguments, [*arguments, "--queries", "3"]):
+        assert main(same) == 0 and capsys.readouterr().err.count("is there") == 6
+    corpus.qrels["test"] = dict(reversed(corpus.qrels["test"].items()))
+    rows = compare_methods(corpus, out=tmp_path, methods=["bm25"], queries=4).tables["test"]
+    found = read_run(trec.parent / "test-4-queries" / "bm25.trec")
+    assert rows[0].measured and list(found) == [names[i] for i in (7, 5, 2, 0)], "drawn anew"
 
 
 def test_weights_need_dev(tmp_path, capsys):

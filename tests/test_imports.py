@@ -22,7 +22,7 @@ ROOMS = """
     recipe_checks configs recipe splitting indexing negatives data training
     weights retriever export pseudo_queries dense ngram glen stages t5x fit searchers
     harness comparison ablation quickstart
-    __init__ cli_options cli __main__
+    __init__ cli_options cli_output cli __main__
 """.split()  # noqa: SIM905
 
 # (room, room to its right): imported inside a function only, so that neither needs the other to

@@ -387,3 +387,5 @@ def test_it_is_a_generative_method_in_a_comparison():
 def test_the_defaults_are_the_gin_files():
     settings = NgramSettings(**load_recipe("ngram").searcher.settings)
     assert settings == NgramSettings()
+    minder = NgramSettings(**load_recipe("minder").searcher.settings)
+    assert minder == NgramSettings(views=VIEWS)

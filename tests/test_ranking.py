@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,10 +10,13 @@ import pytest
 
 from genret_jax.docids.table import DocidTable
 from genret_jax.documents import descending
-from genret_jax.ranking import Ranker, with_similarities
+from genret_jax.modeling.layers import T5Config
+from genret_jax.modeling.model import RetrievalModel
+from genret_jax.ranking import Ranker, forget_programs, with_similarities
 from genret_jax.scoring import Fusion
 from genret_jax.stages.common import compile_search
 from genret_jax.trie import build_trie
+from genret_jax.vocabularies import DocidSpace
 
 LABELS = ("<pad>", "</s>", "a", "b", "c", "d")
 QUERY = np.array([1.0, 0.0], np.float32)
@@ -28,6 +32,25 @@ def _ranker(documents, sequences=((2,), (3,), (4,), (5,)), fusion=None):
         input_length=8,
         fusion=fusion or Fusion(),
     )
+
+
+def test_searches_that_differ_in_weights_and_tries_alone_share_their_programs():
+    config = T5Config(vocab_size=32, embed_dim=8, num_heads=2, head_dim=4, mlp_dim=16)
+    model = RetrievalModel(config, DocidSpace(20, 10))
+    ranker = dataclasses.replace(_ranker([0, 1, 2, 3]), model=model)
+    other = dataclasses.replace(_ranker([3, 1, 0, 2]), model=dataclasses.replace(model, r_drop=0.5))
+    assert other._programs is ranker._programs
+    for change in (
+        {"config": dataclasses.replace(config, dtype="bfloat16")},
+        {"config": dataclasses.replace(config, adaptor_rank=4)},
+        {"docids": DocidSpace(21, 10)},
+        {"vector": "encoder_mean"},
+        {"normaliser": "children"},
+    ):
+        changed = dataclasses.replace(ranker, model=dataclasses.replace(model, **change))
+        assert changed._programs is not ranker._programs, change
+    forget_programs()
+    assert dataclasses.replace(ranker)._programs is not ranker._programs
 
 
 def _reached(ranker, rows, scores):

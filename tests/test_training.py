@@ -108,6 +108,7 @@ def test_resume_equals_uninterrupted(model, batches, mesh, tmp_path, stop_at):
             model, Stopping(), config=CONFIG, folder=tmp_path / "b", evaluate=_evaluation, mesh=mesh
         )
     assert stop.value.code == 128 + signal.SIGTERM and "same command" in stop.value.message
+    assert (tmp_path / "b" / "curves.png").is_file(), "drawn up to the stop"
     parts = train(
         model, batches, config=CONFIG, folder=tmp_path / "b", evaluate=_evaluation, mesh=mesh
     )

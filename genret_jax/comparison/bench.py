@@ -36,6 +36,7 @@ class Cell(Job):
       recipe, folder: of its fit; None for a hybrid.
       parts: what a hybrid fuses, on this split.
       dev: the same on dev, where the weights are fitted there.
+      of: queries that were drawn from the split; 0 where all are searched.
     """
 
     method: Method
@@ -43,10 +44,12 @@ class Cell(Job):
     folder: Path | None = None
     parts: tuple[Cell, ...] = ()
     dev: tuple[Cell, ...] = ()
+    of: int = 0
 
     @property
     def place(self) -> str:
-        return f"{self.split}/{super().place}"
+        split = f"{self.split}-{self.of}-queries" if self.of else self.split
+        return f"{split}/{super().place}"
 
     def shares(self) -> dict[Path, float]:
         if self.folder is None:
@@ -60,7 +63,7 @@ class Settings:
 
     Attributes:
       minutes, steps: the budget of a training, one of them or none: then the recipes' steps.
-      queries: asked of a split, at most; None for all.
+      queries: asked of a split, dev included, at most; None for all.
       size, gin_files, bindings: as `load_recipe` takes them.
     """
 
@@ -119,7 +122,7 @@ class Bench:
         if recipe is None:
             of = [part.digest for part in (*parts, *dev)]
             digest = digest_of(method.rule, of)
-            return Cell(method, seed, split, digest, method, parts=parts, dev=dev)
+            return Cell(method, seed, split, digest, method, parts=parts, dev=dev, of=parts[0].of)
         minutes = self._minutes if method.trained else None
         about: Any = recipe.to_dict()
         if not method.trained:  # no seed and no size of a network makes another index
@@ -127,12 +130,13 @@ class Bench:
         digest = digest_of(about, self._digest, minutes)
         name = method.slug if seed is None else f"{method.slug}-seed-{seed}"
         folder = self._out / "runs" / f"{name}-{digest[:10]}"
-        asked, judged = len(self.asked(split)), len(self._corpus.qrels[split])
-        about = (digest, split, DEPTH) if asked == judged else (digest, split, DEPTH, asked)
-        return Cell(method, seed, split, digest_of(*about), method, recipe, folder)
+        asked = list(self.asked(split))
+        drawn = len(asked) < len(self._corpus.qrels[split])
+        digest = digest_of(digest, split, DEPTH, *([asked] if drawn else []))
+        return Cell(method, seed, split, digest, method, recipe, folder, of=len(asked) * drawn)
 
     def asked(self, split: str) -> dict[str, str]:
-        """Query id -> text of those that are searched: all of a split, or as many, evenly drawn."""
+        """Query id -> text of those that are searched: all of a split, or every so many-th."""
         queries, most = self._corpus.split_queries(split), self._settings.queries
         if most is None or len(queries) <= most:
             return queries

@@ -98,10 +98,20 @@ class Collections:
         first = next(iter(self.reports.values()))
         spread = "mean ± standard deviation over seeds" if len(first.seeds) > 1 else "one seed"
         places = ", ".join(f"{name}/comparison.md" for name in self.reports)
-        return [
+        notes = [
             f"A value is {spread}; the last column is the mean of the others. Costs, tests of "
             f"significance and pictures of each collection: {places}."
         ]
+        drawn = {
+            name: report.heading(split)
+            for name, report in self.reports.items()
+            for split in report.tables
+            if report.drawn(split)
+        }
+        if drawn:
+            said = "; ".join(f"{name} {heading}" for name, heading in drawn.items())
+            notes.append(f"Not all queries were searched: {said}.")
+        return notes
 
     def legend(self) -> dict[str, str]:
         """Method -> what it is."""

@@ -48,7 +48,7 @@ class Report:
       tables: split -> rows, in the order in which the methods were named.
       corpus, documents: what was searched.
       queries: split -> how many were searched.
-      judged: split -> how many it has; left out where all were searched.
+      judged: split -> how many it has; as many as were searched where it is not said.
       seeds, budget: of the trainings; the budget in words.
       also_failed: what failed on dev, where weights are fitted.
     """
@@ -100,11 +100,14 @@ class Report:
         seeds = f"seed{'s' if len(self.seeds) > 1 else ''} {', '.join(map(str, self.seeds))}"
         return f"{self.corpus}: {self.documents} documents, {self.budget}, {seeds}"
 
+    def drawn(self, split: str) -> bool:
+        """Whether a part of the queries was searched."""
+        return self.queries[split] != self.judged.get(split, self.queries[split])
+
     def heading(self, split: str) -> str:
         """Of a split's table or picture."""
-        asked = self.queries[split]
-        judged = self.judged.get(split, asked)
-        return f"{split}: {asked} {'' if asked == judged else f'of {judged} '}queries"
+        whole = f"of {self.judged[split]} " if self.drawn(split) else ""
+        return f"{split}: {self.queries[split]} {whole}queries"
 
     def head(self, split: str) -> list[str]:
         """The head of a split's table."""
@@ -130,7 +133,7 @@ class Report:
         return [
             f"Quality is {spread}. Index: bytes on disk that ranking reads (weights, identifiers, "
             "vectors, postings; not the documents' texts). Minutes: of the whole fit, indexing "
-            "included. Queries/s: all queries in batches; p50 and p95 ms: queries asked one by "
+            "included. Queries/s: these queries in batches; p50 and p95 ms: queries asked one by "
             "one, after warming up; a hybrid asks its parts one after the other.",
             "p is two-sided, of the paired randomisation test over queries against the best by "
             f"{CHOOSES} of the methods that write no docids (each query's values averaged over "
@@ -186,6 +189,8 @@ class Report:
             [
                 {
                     "split": split,
+                    "queries": self.queries[split],
+                    "judged": self.judged.get(split, self.queries[split]),
                     "method": row.name,
                     "group": row.entry.group,
                     **flat_row(row, self.tests[split]),

@@ -7,6 +7,8 @@ DIR/
   results/SPLIT/METHOD-seed-S.json                    what was measured, query by query
   trec/SPLIT/METHOD-seed-S.trec                       the rankings
 
+With `queries` the last two have folders SPLIT-N-queries.
+
 Of several collections each has such a folder, DIR/NAME; DIR/collections.* is of them all.
 """
 
@@ -57,7 +59,8 @@ def compare_methods(
       splits: whose queries are searched, a table each.
       minutes: that a method may take to be trained.
       steps: instead, that it is trained for, all its stages together; the recipe's without either.
-      queries: searched of each split, at most: so many, evenly drawn, and the same for all methods.
+      queries: searched of each split, and of dev where weights are fitted there, at most: every so
+        many-th in the order of the qrels, the same for all methods.
       jobs: trainings at a time. With more than one, each is a process of its own whose log is in
         `out`/logs; what is measured is measured when all have ended, one after the other.
       size, gin_files, bindings: of all methods, as `load_recipe` takes them.
@@ -143,7 +146,7 @@ def _settings(
     check_budget(steps, minutes)
     check_settings(seeds, minutes)
     check_jobs(jobs)
-    if queries is not None and queries < 1:
+    if queries is not None and (type(queries) is not int or queries < 1):
         raise UserError(f"queries of a split must be a whole number from 1, found {queries}")
     return Settings(minutes, steps, queries, size, tuple(map(str, gin_files)), tuple(bindings))
 

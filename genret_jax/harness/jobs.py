@@ -79,6 +79,7 @@ class Ledger:
     def write(self, job: Job, measured: Measured, run: Run) -> None:
         """The result last, so that where it is, all is."""
         path, trec = self._paths(job)
+        path.unlink(missing_ok=True)  # an older result would stand beside the new ranking
         write_run(run, trec, tag=job.entry.slug)
         content = {"digest": job.digest, "row": job.entry.name, **measured.to_dict()}
         with replace_on_success(path) as temporary:

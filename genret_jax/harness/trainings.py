@@ -84,7 +84,7 @@ class Trainings:
 
     def _close(self) -> None:
         self._opened = None
-        gc.collect()  # models and what they were compiled to hold one another
+        gc.collect()  # weights and what holds them hold one another
 
 
 def _done(folder: Path) -> bool:

@@ -30,7 +30,7 @@ class Journal:
     def __init__(self, folder: Path, *, after_step: int):
         self._folder = folder
         self._writes = jax.process_index() == 0
-        self._drawn = time.monotonic()
+        self._drawn = time.monotonic()  # the first seconds have nothing to show yet
         self.records = read_records(folder / "metrics.jsonl", up_to=after_step)
         if not self._writes:
             return
@@ -43,8 +43,7 @@ class Journal:
         """Adds one record.
 
         Args:
-          kind: "train" or "dev"; a dev record also redraws the curves, where they were not drawn
-            just before.
+          kind: "train" or "dev"; a dev record also redraws the curves, every ten seconds at most.
           plan: where the run stands.
           values: numbers by name.
         """

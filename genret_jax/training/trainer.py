@@ -168,6 +168,7 @@ def train(
                 state = loop.once(state, plan, bar)
                 if interruption.asked():
                     loop.save(state, plan, force=True)
+                    journal.close()
                     interruption.stop(f"training stopped at step {plan.step}")
         loop.tracer.close()
         loop.save(state, plan, force=True)
