@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import glob
 import os
 import platform
@@ -10,6 +11,8 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+
+from genret_jax.errors import UserError
 
 _HOST = re.sub(r"[^A-Za-z0-9.]", "_", platform.node()) or "localhost"
 
@@ -43,6 +46,31 @@ def replace_on_success(path: str | os.PathLike[str]) -> Iterator[Path]:
             os.replace(temporary, target)
     finally:
         _remove(temporary)
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keeps other processes out of a folder that is there, by a lock that ends with the process.
+
+    Where the file system knows no locks, nobody is kept out.
+
+    Raises:
+      UserError: another process holds it.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{folder}: another process is at work in it; wait until it has ended, or choose "
+                "another --out"
+            ) from None
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _reclaim(target: Path) -> None:

@@ -26,7 +26,6 @@ import jax
 from genret_jax.corpus import Corpus, read_corpus
 from genret_jax.docids.build import check_kind
 from genret_jax.errors import UserError
-from genret_jax.files import replace_on_success
 from genret_jax.indexing import Index, build_index, documents_digest, vocabulary_identity
 from genret_jax.modeling.model import Params
 from genret_jax.pseudo_queries import read_pseudo_queries
@@ -41,6 +40,7 @@ from genret_jax.stages.second import SecondStage, take_ranking, train_ranking
 from genret_jax.t5x import checkpoint
 from genret_jax.training import processes
 from genret_jax.training.budget import Clock, check_minutes
+from genret_jax.training.claims import claimed
 from genret_jax.training.profiling import Measuring
 from genret_jax.training.trainer import TrainResult
 
@@ -91,7 +91,8 @@ def fit(
       The retriever with the parameters that were best on dev.
 
     Raises:
-      UserError: for a mistake in the corpus or the recipe, or a folder of another run.
+      UserError: for a mistake in the corpus or the recipe, or a folder of another run, or one in
+        which another process trains.
       Interrupted: after SIGTERM or Ctrl-C, once a checkpoint is written.
     """
     _check(recipe, minutes, stage, from_t5x, peak_flops)
@@ -106,66 +107,88 @@ def fit(
     if pseudo_queries:
         split = dataclasses.replace(split, pseudo=read_pseudo_queries(pseudo_queries, corpus))
     begun = _stage_one(home, recipe, corpus, split) if stage_one else None
-    claim(out, recipe, _identity_of_run(recipe, corpus, split, begun))
-    last = stage or (2 if recipe.contrastive.wanted else 1)
-    there = _stage_of(out)
-    if there >= last:
-        _check_origin(out, from_t5x)
-        log.info("%s: already fitted", out)
-        return Retriever.load(out)
-    if stage == 2 and there < 1 and not begun:
-        raise UserError(f"{out}: stage 1 is not done here; run `genret fit` with --stage 1 first")
-    if there == 1 and not begun and not (out / "training" / "checkpoints").is_dir():
-        begun = _stage_one(out, recipe, corpus, split)  # trained elsewhere, or tidied up
-    measuring = Measuring(out / "profile" if profile else None, peak_flops)
-    materials = _materials(corpus, split, recipe, home / "index", measuring)
-    taken = from_t5x and _of_t5x(materials, from_t5x)
-    if clock.seconds and last == 2 and stage is None:
-        clock.seconds *= 1 - recipe.contrastive.share
+    with claimed(out, recipe, _identity_of_run(recipe, corpus, split, begun)):
+        last = stage or (2 if recipe.contrastive.wanted else 1)
+        there = _stage_of(out)
+        if there >= last:
+            _check_origin(out, from_t5x)
+            log.info("%s: already fitted", out)
+            return Retriever.load(out)
+        if stage == 2 and there < 1 and not begun:
+            raise UserError(
+                f"{out}: stage 1 is not done here; run `genret fit` with --stage 1 first"
+            )
+        if there == 1 and not begun and not (out / "training" / "checkpoints").is_dir():
+            begun = _stage_one(out, recipe, corpus, split)  # trained elsewhere, or tidied up
+        measuring = Measuring(out / "profile" if profile else None, peak_flops)
+        materials = _materials(corpus, split, recipe, home / "index", measuring)
+        taken = _of_t5x(materials, from_t5x) if from_t5x else None
+        if clock.seconds and last == 2 and stage is None:
+            clock.seconds *= 1 - recipe.contrastive.share
+        first = _first_stage(materials, out, clock, begun, taken if last == 1 else None)
+        second = None
+        if last == 2:
+            if minutes:
+                clock.seconds = minutes * 60
+            if stage == 2 and not stage_one:  # the budget is this stage's alone
+                clock.resume(0.0)
+            second = _second_stage(materials, first.params, out, clock, taken)
+        about = _about(materials, corpus, path, first, second)
+        about["training"]["seconds"] = round(clock.elapsed, 1)
+        if from_t5x:
+            about["training"]["t5x"] = str(checkpoint.latest(from_t5x))
+        processes.on_first(lambda: _write(out, home / "index", about, first, second))
+        processes.see(out / "retriever" / "retriever.json")
+        return Retriever.load(find_retriever(out))
+
+
+def _first_stage(
+    materials: Materials,
+    out: Path,
+    clock: Clock,
+    begun: _StageOne | None,
+    taken: tuple[Params, int] | None,
+) -> TrainResult:
+    """Another run's, a checkpoint's of T5X, or trained."""
     if begun:
         clock.resume(begun.seconds)
-    if begun:
-        first = begun.result
-    elif taken and last == 1:
-        first = take_docids(materials, *taken)
-    else:
-        first = train_docids(materials, out / "training", clock)
-    second = None
-    if last == 2:
-        if minutes:
-            clock.seconds = minutes * 60
-        if stage == 2 and not stage_one:  # the budget is this stage's alone
-            clock.resume(0.0)
-        if clock.seconds and processes.broadcast(clock.elapsed) > clock.seconds - clock.reserve:
-            raise UserError(
-                f"{out}: stage 1 has used {clock.elapsed / 60:.1f} of {minutes:g} minutes, and "
-                "nothing is left for stage 2; raise --minutes, or give --stage 2"
-            )
-        if taken:
-            second = take_ranking(materials, *taken)
-        else:
-            train_second = train_margin if recipe.contrastive.rank else train_ranking
-            second = train_second(materials, first.params, out / "ranking", clock)
-    about = _about(materials, corpus, path, first, second)
-    about["training"]["seconds"] = round(clock.elapsed, 1)
-    if from_t5x:
-        about["training"]["t5x"] = str(checkpoint.latest(from_t5x))
+        return begun.result
+    if taken:
+        return take_docids(materials, *taken)
+    return train_docids(materials, out / "training", clock)
 
-    def write() -> None:
-        write_retriever(
-            (second.result if second else first).params,
-            about,
-            index_folder=home / "index",
-            folder=out / "retriever",
-            vectors=second.vectors if second else None,
+
+def _second_stage(
+    materials: Materials,
+    params: Params,
+    out: Path,
+    clock: Clock,
+    taken: tuple[Params, int] | None,
+) -> SecondStage:
+    if clock.seconds and processes.broadcast(clock.elapsed) > clock.seconds - clock.reserve:
+        raise UserError(
+            f"{out}: stage 1 has used {clock.elapsed / 60:.1f} of {clock.seconds / 60:g} minutes, "
+            "and nothing is left for stage 2; raise --minutes, or give --stage 2"
         )
-        curves = out / ("ranking" if second else "training") / "curves.png"
-        if curves.exists():
-            shutil.copyfile(curves, out / "curves.png")
+    if taken:
+        return take_ranking(materials, *taken)
+    train_second = train_margin if materials.recipe.contrastive.rank else train_ranking
+    return train_second(materials, params, out / "ranking", clock)
 
-    processes.on_first(write)
-    processes.see(out / "retriever" / "retriever.json")
-    return Retriever.load(find_retriever(out))
+
+def _write(
+    out: Path, index: Path, about: dict[str, Any], first: TrainResult, second: SecondStage | None
+) -> None:
+    write_retriever(
+        (second.result if second else first).params,
+        about,
+        index_folder=index,
+        folder=out / "retriever",
+        vectors=second.vectors if second else None,
+    )
+    curves = out / ("ranking" if second else "training") / "curves.png"
+    if curves.exists():
+        shutil.copyfile(curves, out / "curves.png")
 
 
 def _check_origin(out: Path, from_t5x: str | Path | None) -> None:
@@ -317,46 +340,6 @@ def _identity_of_run(recipe: Recipe, corpus: Corpus, split: Split, begun: _Stage
             "the processes were given different recipes or corpora; start all with one command"
         )
     return digest
-
-
-def claim(out: Path, recipe: Recipe, digest: str) -> None:
-    """Marks the folder as this run's, or finds that it is.
-
-    A time budget is not part of a run's identity: it may be raised when it goes on.
-
-    Args:
-      digest: of everything else that the run depends on.
-
-    Raises:
-      UserError: the folder is of another run, or of no run.
-    """
-
-    def put_mark() -> None:
-        mark = out / "run.json"
-        made = any((out / name).exists() for name in ("index", "training", "ranking", "retriever"))
-        if mark.is_file() and made:
-            found = json.loads(mark.read_text())
-            if found.get("run") != digest:
-                before = found.get("recipe", {}).get("checkpoint", "")
-                if recipe.checkpoint != before and recipe.checkpoint and before:
-                    raise UserError(
-                        f"{out}: was begun with other files than those now at "
-                        f"{recipe.train.init}; put those back, or choose another --out"
-                    )
-                raise UserError(
-                    f"{out}: holds a run of another recipe or corpus; choose another --out, "
-                    "or delete the folder"
-                )
-            return
-        # A name with a dot is what a killed process had not yet put into its place.
-        names = [p for p in out.iterdir() if p != mark and p.name[0] != "."] if out.is_dir() else []
-        if names and not made:
-            raise UserError(f"{out}: exists and is not a run of genret_jax; choose another --out")
-        with replace_on_success(mark) as temporary:
-            temporary.write_text(json.dumps({"run": digest, "recipe": recipe.to_dict()}, indent=1))
-
-    processes.on_first(put_mark)
-    processes.see(out / "run.json")
 
 
 def _materials(

@@ -39,6 +39,7 @@ from genret_jax.retriever import Retriever, find_retriever
 from genret_jax.splitting import Split, split_corpus
 from genret_jax.training import processes
 from genret_jax.training.budget import Clock, check_minutes
+from genret_jax.training.claims import claimed
 
 _RESERVE_SECONDS = 5.0  # for writing the folder
 
@@ -133,7 +134,7 @@ def fit_method(
       UserError: for a mistake in the corpus or the recipe, or a folder of another run.
       Interrupted: after SIGTERM or Ctrl-C, once a checkpoint is written.
     """
-    from genret_jax.fit import claim, fit, read_given  # brings SeqIO
+    from genret_jax.fit import fit, read_given  # brings SeqIO
 
     if not recipe.searcher.module:
         return fit(
@@ -161,31 +162,31 @@ def fit_method(
     clock = Clock(minutes * 60 if minutes else None, started=started, reserve=_RESERVE_SECONDS)
     path, read = read_given(corpus)
     digest = documents_digest(read.documents)
-    claim(out, recipe, _identity(recipe, read, digest))
-    if not (out / "retriever" / "retriever.json").is_file():
-        with replace_on_success(out / "retriever") as folder:
-            folder.mkdir()
-            work = Work(recipe, out, clock, read)
-            found = _called(module.fit, recipe, read, folder, work)
-            write_documents(read.documents, folder)
-            about = {
-                "format": FORMAT,
-                "method": recipe.method,
-                "searcher": recipe.searcher.module,
-                "corpus": {
-                    "name": read.name,
-                    "path": path,
-                    "documents": len(read.documents),
-                    "digest": digest,
-                },
-                "dev": {},
-                "recipe": recipe.to_dict(),
-                **found,
-            }
-            training = {"steps": 0, **found.get("training", {})}
-            about["training"] = {**training, "seconds": round(clock.elapsed, 1)}
-            (folder / "retriever.json").write_text(json.dumps(about, indent=1))
-            (folder / "metrics.json").write_text(json.dumps({"dev": about["dev"]}, indent=1))
+    with claimed(out, recipe, _identity(recipe, read, digest)):
+        if not (out / "retriever" / "retriever.json").is_file():
+            with replace_on_success(out / "retriever") as folder:
+                folder.mkdir()
+                work = Work(recipe, out, clock, read)
+                found = _called(module.fit, recipe, read, folder, work)
+                write_documents(read.documents, folder)
+                about = {
+                    "format": FORMAT,
+                    "method": recipe.method,
+                    "searcher": recipe.searcher.module,
+                    "corpus": {
+                        "name": read.name,
+                        "path": path,
+                        "documents": len(read.documents),
+                        "digest": digest,
+                    },
+                    "dev": {},
+                    "recipe": recipe.to_dict(),
+                    **found,
+                }
+                training = {"steps": 0, **found.get("training", {})}
+                about["training"] = {**training, "seconds": round(clock.elapsed, 1)}
+                (folder / "retriever.json").write_text(json.dumps(about, indent=1))
+                (folder / "metrics.json").write_text(json.dumps({"dev": about["dev"]}, indent=1))
     return open_searcher(out)
 
 

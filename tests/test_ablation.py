@@ -17,6 +17,7 @@ from genret_jax.ablation import run as ablation_run
 from genret_jax.cli import main
 from genret_jax.corpus import read_run, write_corpus
 from genret_jax.evaluation import DEFAULT_METRICS, evaluate
+from genret_jax.files import held
 from genret_jax.fit import fit
 from genret_jax.recipe import load_recipe
 from genret_jax.training.interruption import Interrupted
@@ -152,6 +153,12 @@ def test_a_second_call_trains_nothing_and_prints_one_object(
     assert [ablation / name for name in FILES] == [type(ablation)(p) for p in printed["written"]]
     assert captured.err.count("is there") == 5 and "[5/5] stage 1 only, seed 0" in captured.err
     assert not pretended
+
+
+def test_another_call_is_kept_out_while_one_is_at_work(ablation, collection, capsys):
+    with held(ablation):
+        assert main(command(collection, ablation, "--variants", VARIANTS)) == 2
+    assert "another process is at work in it" in capsys.readouterr().err
 
 
 def test_stage_2_from_a_shared_stage_1_is_that_of_one_run(ablation, collection, tmp_path):

@@ -21,6 +21,7 @@ from genret_jax.comparison.run import compare_methods
 from genret_jax.corpus import read_corpus, read_run, write_corpus
 from genret_jax.errors import UserError
 from genret_jax.evaluation import DEFAULT_METRICS, evaluate
+from genret_jax.files import held
 from genret_jax.harness.measuring import index_bytes
 from genret_jax.hybrid import fit_weights, reciprocal_ranks, weighted
 from genret_jax.recipe import load_recipe
@@ -199,6 +200,14 @@ def test_a_second_call_fits_nothing_and_prints_one_object(
     assert captured.out.count("\n") == 1 and {k: printed[k] for k in before} == before
     assert captured.err.count("is there") == 12, "two splits, and dev of two methods"
     assert "[1/12] bm25, test: is there" in captured.err
+
+
+def test_another_call_is_kept_out_while_one_is_at_work(comparison, collection, capsys):
+    with held(comparison):
+        assert main(command(collection, comparison, METHODS, "--splits", "test,seen")) == 2
+        assert "another process is at work in it" in capsys.readouterr().err
+    with held(comparison / "runs"):
+        assert main(command(collection, comparison, METHODS, "--splits", "test,seen")) == 0
 
 
 # ---- a lexical method in a folder of its own

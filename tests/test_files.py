@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from genret_jax.files import replace_on_success
+from genret_jax.errors import UserError
+from genret_jax.files import held, replace_on_success
 
 
 def names(folder: Path) -> list[str]:
@@ -165,3 +166,26 @@ def test_what_a_killed_process_left_is_removed(tmp_path):
         temporary.write_text("whole")
     assert target.read_text() == "whole"
     assert list(tmp_path.glob(".*")) == [other]
+
+
+def test_a_folder_is_held_by_one_at_a_time(tmp_path):
+    """A lock is of an open file: a second one in this process is kept out like another process."""
+    kept_out = pytest.raises(UserError, match="another process is at work in it")
+    with held(tmp_path), kept_out, held(tmp_path):
+        pytest.fail("both hold it")
+    with pytest.raises(KeyError), held(tmp_path):
+        raise KeyError
+    code = (
+        "import sys, time; from pathlib import Path; from genret_jax.files import held\n"
+        "with held(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    )
+    other = subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE)
+    try:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(UserError, match="another process"), held(tmp_path):
+            pytest.fail("both hold it")
+    finally:
+        other.kill()
+        other.wait()
+    with held(tmp_path):  # a lock ends with its process, however that ended
+        pass

@@ -18,6 +18,7 @@ from genret_jax.cli import main
 from genret_jax.configs import DataConfig
 from genret_jax.corpus import read_run, write_corpus
 from genret_jax.evaluation import evaluate
+from genret_jax.files import held
 from genret_jax.fit import fit
 from genret_jax.indexing import Index
 from genret_jax.recipe import load_recipe, methods
@@ -242,6 +243,14 @@ def test_a_time_budget_ends_the_run(collection, tmp_path, capsys):
     # However slow the machine, one step is taken; the recipe's own number takes far longer.
     assert 0 < about["training"]["seconds"] < 300
     assert 1 <= about["training"]["steps"] < load_recipe("dsi").train.steps
+
+
+def test_a_folder_in_which_another_process_trains(run, collection, capsys):
+    with held(run):
+        assert main(["fit", str(collection), "--out", str(run), *OPTIONS]) == 2
+        assert f"{run}: another process is at work in it" in capsys.readouterr().err
+        assert main(["search", str(run), "bread"]) == 0, "reading is for all"
+    assert main(["fit", str(collection), "--out", str(run), *OPTIONS]) == 0
 
 
 def test_a_mistake_does_not_claim_the_folder(collection, tmp_path, capsys):

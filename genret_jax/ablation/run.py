@@ -36,6 +36,7 @@ from genret_jax.harness.jobs import (
     check_folder,
     check_settings,
     digest_of,
+    in_use,
     run_jobs,
 )
 from genret_jax.harness.measuring import DEPTH, Asked, baseline, rank
@@ -155,9 +156,10 @@ def ablate(
                     first_options=options(variant if variant.stage == 1 else own, seed),
                 )
             )
-    if jobs > 1:
-        bench.train_side_by_side(cells, jobs)
-    rows = bench.run(cells)
+    with in_use(out):
+        if jobs > 1:
+            bench.train_side_by_side(cells, jobs)
+        rows = bench.run(cells)
     report = Report(
         rows=tuple(rows[variant.name] for variant in (*baselines, *wanted)),
         corpus=read.name,
@@ -197,7 +199,6 @@ class _Bench:
           UserError: the corpus is in memory, where no other process finds it.
         """
         corpus = corpus_argument(self._given)
-        (self._out / "results").mkdir(parents=True, exist_ok=True)
         ledger = Ledger(self._out)
         todo = [c for c in cells if isinstance(c, Trained) and not ledger.kept(c)]
         share = {c.stage_one: 1 - c.first.contrastive.share for c in todo}
@@ -260,7 +261,6 @@ class _Bench:
         Returns:
           Name of a variant -> its row, whole or with the reason why not.
         """
-        (self._out / "results").mkdir(parents=True, exist_ok=True)
         rows = run_jobs(jobs, Ledger(self._out), self._measure, self._left)
         return {name: row for (_, name), row in rows.items()}
 

@@ -25,7 +25,7 @@ from genret_jax.comparison.methods import Method, chosen_methods
 from genret_jax.comparison.report import MARKDOWN, Report
 from genret_jax.corpus import Corpus, read_corpus
 from genret_jax.errors import UserError
-from genret_jax.harness.jobs import Ledger, check_folder, check_settings, run_jobs
+from genret_jax.harness.jobs import Ledger, check_folder, check_settings, in_use, run_jobs
 from genret_jax.harness.parallel import check_jobs, run_side_by_side
 from genret_jax.training.budget import check_budget
 
@@ -76,8 +76,9 @@ def compare_methods(
     settings = _settings(seeds, minutes, steps, queries, jobs, size, gin_files, bindings)
     read = corpus if isinstance(corpus, Corpus) else read_corpus(corpus)
     planned = _planned(corpus, read, Path(out), methods, seeds, splits, settings)
-    _train([planned], jobs)
-    return planned.report()
+    with in_use(planned.out):
+        _train([planned], jobs)
+        return planned.report()
 
 
 def compare_collections(
@@ -125,11 +126,12 @@ def compare_collections(
                 f"{', '.join(one.splits)}"
             )
         plans.append(_planned(corpus, one, out / name, methods, seeds, here, settings))
-    _train(plans, jobs)
-    found = Collections(
-        {name: planned.report() for name, planned in zip(names, plans, strict=True)}
-    )
-    found.write(out)
+    with in_use(*(planned.out for planned in plans)):
+        _train(plans, jobs)
+        found = Collections(
+            {name: planned.report() for name, planned in zip(names, plans, strict=True)}
+        )
+        found.write(out)
     return found
 
 
@@ -173,7 +175,6 @@ class _Planned:
 
     def report(self) -> Report:
         """Does what is not done, and writes the report."""
-        (self.out / "results").mkdir(parents=True, exist_ok=True)
         rows = run_jobs(self.cells, Ledger(self.out), self.bench.measure, self.bench.left)
         report = Report(
             tables={s: tuple(rows[s, method.name] for method in self.chosen) for s in self.splits},
@@ -246,8 +247,6 @@ def _train(plans: Sequence[_Planned], jobs: int) -> None:
         for planned in plans
         for folder, child in planned.bench.trainings(planned.cells).items()
     ]
-    for planned in plans:  # what was begun here is a comparison's, whatever happens
-        (planned.out / "results").mkdir(parents=True, exist_ok=True)
     failed = run_side_by_side([child for _, _, child in found], jobs=jobs)
     for planned, folder, child in found:
         if child.title in failed:

@@ -7,17 +7,18 @@ DIR/
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from genret_jax.corpus import Run, read_run, write_run
 from genret_jax.errors import UserError
-from genret_jax.files import replace_on_success
+from genret_jax.files import held, replace_on_success
 from genret_jax.harness.rows import Entry, Measured, Row
 from genret_jax.training.budget import check_minutes
 
@@ -56,6 +57,21 @@ class Job:
 
 
 AnyJob = TypeVar("AnyJob", bound=Job)
+
+
+@contextlib.contextmanager
+def in_use(*folders: Path) -> Iterator[None]:
+    """Makes the folders of comparisons or ablations, and keeps other calls out of them.
+
+    Raises:
+      UserError: another process is at work in one.
+    """
+    with contextlib.ExitStack() as stack:
+        for out in folders:
+            # What was begun here is known as ours by this folder, whatever happens.
+            (out / "results").mkdir(parents=True, exist_ok=True)
+            stack.enter_context(held(out))
+        yield
 
 
 class Ledger:

@@ -19,7 +19,7 @@ import jax
 
 from genret_jax.corpus import Corpus, Document, read_corpus
 from genret_jax.errors import UserError
-from genret_jax.files import replace_on_success
+from genret_jax.files import held, replace_on_success
 from genret_jax.indexing import documents_digest
 from genret_jax.negatives import bm25_search
 from genret_jax.pseudo_queries.examples import Pairs
@@ -89,9 +89,10 @@ def generate(
             a_query = search.seconds([query for query, _ in pairs[:_TRIED]])
             clock.reserve += a_query * per_document * len(documents)
         _check_budget(clock, per_document)
-    result = train_generator(
-        model, documents, pairs, vocabulary, recipe=recipe, folder=folder, clock=clock
-    )
+    with held(folder):
+        result = train_generator(
+            model, documents, pairs, vocabulary, recipe=recipe, folder=folder, clock=clock
+        )
     queries: Iterable[PseudoQuery] = sampler(result.params, documents)
     counted = _Documents(search(queries) if search else queries)
     kept = write_pseudo_queries(counted, out)
