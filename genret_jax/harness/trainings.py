@@ -83,6 +83,8 @@ class Trainings:
         return f"{count}, about {f'{minutes:.0f} minutes' if minutes >= 1.5 else 'a minute'}"
 
     def _close(self) -> None:
+        if self._opened is None:
+            return
         self._opened = None
         gc.collect()  # weights and what holds them hold one another
 
