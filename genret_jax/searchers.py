@@ -166,28 +166,31 @@ def fit_method(
         if not (out / "retriever" / "retriever.json").is_file():
             with replace_on_success(out / "retriever") as folder:
                 folder.mkdir()
-                work = Work(recipe, out, clock, read)
-                found = _called(module.fit, recipe, read, folder, work)
+                found = _called(module.fit, recipe, read, folder, Work(recipe, out, clock, read))
                 write_documents(read.documents, folder)
-                about = {
-                    "format": FORMAT,
-                    "method": recipe.method,
-                    "searcher": recipe.searcher.module,
-                    "corpus": {
-                        "name": read.name,
-                        "path": path,
-                        "documents": len(read.documents),
-                        "digest": digest,
-                    },
-                    "dev": {},
-                    "recipe": recipe.to_dict(),
-                    **found,
-                }
-                training = {"steps": 0, **found.get("training", {})}
-                about["training"] = {**training, "seconds": round(clock.elapsed, 1)}
-                (folder / "retriever.json").write_text(json.dumps(about, indent=1))
-                (folder / "metrics.json").write_text(json.dumps({"dev": about["dev"]}, indent=1))
+                count = len(read.documents)
+                about = {"name": read.name, "path": path, "documents": count, "digest": digest}
+                _write_about(folder, recipe, about, found, clock)
     return open_searcher(out)
+
+
+def _write_about(
+    folder: Path, recipe: Recipe, corpus: dict[str, Any], found: dict[str, Any], clock: Clock
+) -> None:
+    """What is said of the run, beside what the module wrote."""
+    about = {
+        "format": FORMAT,
+        "method": recipe.method,
+        "searcher": recipe.searcher.module,
+        "corpus": corpus,
+        "dev": {},
+        "recipe": recipe.to_dict(),
+        **found,
+    }
+    training = {"steps": 0, **found.get("training", {})}
+    about["training"] = {**training, "seconds": round(clock.elapsed, 1)}
+    (folder / "retriever.json").write_text(json.dumps(about, indent=1))
+    (folder / "metrics.json").write_text(json.dumps({"dev": about["dev"]}, indent=1))
 
 
 def open_searcher(folder: str | Path) -> Opened:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -10,6 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
+from genret_jax.comparison.collections import Collections
 from genret_jax.comparison.labels import label_points
 from genret_jax.comparison.methods import Method, chosen_methods
 from genret_jax.comparison.report import Report, costs, latency_of, size
@@ -71,6 +73,22 @@ def test_report_by_hand(tmp_path):
     names = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()}
     assert names == set(report.files)
     assert "pictures/identifiers.png" not in names, "one kind alone was measured"
+
+
+def test_a_draw_is_told_of_every_collection_and_split():
+    report = made()
+    whole = Collections({"one": report}).notes()
+    assert len(whole) == 1 and report.heading("test") == "test: 4 queries"
+    tables = {"seen": report.tables["test"], "unseen": report.tables["test"]}
+    queries, judged = {"seen": 4, "unseen": 4}, {"seen": 9, "unseen": 4}
+    drawn = dataclasses.replace(report, tables=tables, queries=queries, judged=judged)
+    assert drawn.heading("unseen") == "unseen: 4 queries"
+    both = dataclasses.replace(drawn, judged={"seen": 9, "unseen": 8})
+    (_, note) = Collections({"one": report, "two": drawn, "three": both}).notes()
+    assert note == (
+        "Not all queries were searched: two seen: 4 of 9 queries; three seen: 4 of 9 queries; "
+        "three unseen: 4 of 8 queries."
+    )
 
 
 def test_all_may_fail(tmp_path):

@@ -160,16 +160,16 @@ def ablate(
         if jobs > 1:
             bench.train_side_by_side(cells, jobs)
         rows = bench.run(cells)
-    report = Report(
-        rows=tuple(rows[variant.name] for variant in (*baselines, *wanted)),
-        corpus=read.name,
-        split=split,
-        queries=len(read.qrels[split]),
-        seeds=tuple(seeds),
-        minutes=minutes,
-        docids=full[seeds[0]].docids.kind,
-    )
-    report.write(out)
+        report = Report(
+            rows=tuple(rows[variant.name] for variant in (*baselines, *wanted)),
+            corpus=read.name,
+            split=split,
+            queries=len(read.qrels[split]),
+            seeds=tuple(seeds),
+            minutes=minutes,
+            docids=full[seeds[0]].docids.kind,
+        )
+        report.write(out)
     return report
 
 

@@ -36,7 +36,7 @@ class Cell(Job):
       recipe, folder: of its fit; None for a hybrid.
       parts: what a hybrid fuses, on this split.
       dev: the same on dev, where the weights are fitted there.
-      of: queries that were drawn from the split; 0 where all are searched.
+      drawn: so many queries of the split are searched; 0 where all are.
     """
 
     method: Method
@@ -44,11 +44,11 @@ class Cell(Job):
     folder: Path | None = None
     parts: tuple[Cell, ...] = ()
     dev: tuple[Cell, ...] = ()
-    of: int = 0
+    drawn: int = 0
 
     @property
     def place(self) -> str:
-        split = f"{self.split}-{self.of}-queries" if self.of else self.split
+        split = f"{self.split}-{self.drawn}-queries" if self.drawn else self.split
         return f"{split}/{super().place}"
 
     def shares(self) -> dict[Path, float]:
@@ -122,7 +122,8 @@ class Bench:
         if recipe is None:
             of = [part.digest for part in (*parts, *dev)]
             digest = digest_of(method.rule, of)
-            return Cell(method, seed, split, digest, method, parts=parts, dev=dev, of=parts[0].of)
+            drawn = parts[0].drawn
+            return Cell(method, seed, split, digest, method, parts=parts, dev=dev, drawn=drawn)
         minutes = self._minutes if method.trained else None
         about: Any = recipe.to_dict()
         if not method.trained:  # no seed and no size of a network makes another index
@@ -131,9 +132,9 @@ class Bench:
         name = method.slug if seed is None else f"{method.slug}-seed-{seed}"
         folder = self._out / "runs" / f"{name}-{digest[:10]}"
         asked = list(self.asked(split))
-        drawn = len(asked) < len(self._corpus.qrels[split])
+        drawn = len(asked) if len(asked) < len(self._corpus.qrels[split]) else 0
         digest = digest_of(digest, split, DEPTH, *([asked] if drawn else []))
-        return Cell(method, seed, split, digest, method, recipe, folder, of=len(asked) * drawn)
+        return Cell(method, seed, split, digest, method, recipe, folder, drawn=drawn)
 
     def asked(self, split: str) -> dict[str, str]:
         """Query id -> text of those that are searched: all of a split, or every so many-th."""

@@ -102,15 +102,14 @@ class Collections:
             f"A value is {spread}; the last column is the mean of the others. Costs, tests of "
             f"significance and pictures of each collection: {places}."
         ]
-        drawn = {
-            name: report.heading(split)
+        drawn = [
+            f"{name} {report.heading(split)}"
             for name, report in self.reports.items()
             for split in report.tables
             if report.drawn(split)
-        }
+        ]
         if drawn:
-            said = "; ".join(f"{name} {heading}" for name, heading in drawn.items())
-            notes.append(f"Not all queries were searched: {said}.")
+            notes.append(f"Not all queries were searched: {'; '.join(drawn)}.")
         return notes
 
     def legend(self) -> dict[str, str]:
