@@ -268,6 +268,7 @@ def compare(arguments: argparse.Namespace) -> int:
         minutes=arguments.minutes,
         steps=arguments.steps,
         queries=arguments.queries,
+        against=arguments.against,
         jobs=arguments.jobs,
         size=arguments.size,
         gin_files=arguments.gin_file,

@@ -196,6 +196,11 @@ def add_compare_options(command: argparse.ArgumentParser) -> None:
         help="search at most N queries of each split (and of dev, for weighted:A:B): every so "
         "many-th, the same for all methods; without it all",
     )
+    command.add_argument(
+        "--against",
+        metavar="A",
+        help="one of --methods that all others are tested against, besides the best baseline",
+    )
     add_gin_options(command)
 
 

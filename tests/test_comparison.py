@@ -327,6 +327,7 @@ def test_a_stage_has_at_least_one_step(steps, share, expected):
         (["dogr"], ["--steps", "1"], "steps must be at least 1 a stage, found 1"),
         (["bm25"], ["--steps", "9", "--minutes", "1"], "both steps and minutes are given"),
         (["bm25"], ["--queries", "0"], "queries of a split must be a whole number from 1, found 0"),
+        (["bm25"], ["--against", "dsi"], "--against 'dsi' is not among --methods"),
         (["bm25"], ["--jobs", "0"], "jobs must be a whole number from 1, found 0"),
         (["dis"], [], "method 'dis' is not known; choose one of bm25, "),
         (["rrf:bm25"], [], "a fusion is rrf:A:B"),
@@ -381,8 +382,10 @@ def test_fewer_queries_are_evenly_drawn_and_the_same_for_all(collection, tmp_pat
         assert "is there" not in capsys.readouterr().err, "other queries, other results"
         assert f"## test: {heading} queries" in (tmp_path / "comparison.md").read_text()
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").rglob("retriever.json")} == built
-    for same in (arguments, [*arguments, "--queries", "3"]):
+    against = [*arguments, "--against", "rrf:bm25:tfidf+q"]
+    for same in (arguments, [*arguments, "--queries", "3"], against):
         assert main(same) == 0 and capsys.readouterr().err.count("is there") == 6
+    assert "rrf:bm25:tfidf+q" in report_of(tmp_path)["splits"]["test"]["rows"]["bm25"]["against"]
     corpus.qrels["test"] = dict(reversed(corpus.qrels["test"].items()))
     rows = compare_methods(corpus, out=tmp_path, methods=["bm25"], queries=4).tables["test"]
     found = read_run(trec.parent / "test-4-queries" / "bm25.trec")

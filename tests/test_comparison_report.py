@@ -75,6 +75,24 @@ def test_report_by_hand(tmp_path):
     assert "pictures/identifiers.png" not in names, "one kind alone was measured"
 
 
+def test_a_row_may_be_tested_against_besides_the_best_baseline():
+    report = dataclasses.replace(made(), against="dogr")
+    assert "(each" in made().notes()[1] and "against dogr" not in made().notes()[1]
+    assert "write no docids, and against dogr, (each" in report.notes()[1]
+    assert list(report.tests["test"]) == ["dense", "dogr"]
+    assert report.tests["test"]["dense"] == made().tests["test"]["dense"], "as without it"
+    values = {row.name: row.per_query for row in report.tables["test"] if row.measured}
+    others = {name: one for name, one in values.items() if name != "dogr"}
+    assert report.tests["test"]["dogr"] == against(values["dogr"], others)
+    found = report.to_dict()["splits"]["test"]["rows"]
+    assert set(found["bm25"]["against"]) == {"dense", "dogr"}
+    assert set(found["dogr"]["against"]) == {"dense"}
+    assert report.head("test")[-2:] == ["p hits@1, dogr", "p mrr@10, dogr"]
+    assert {len(line) for line in report.lines("test")} == {len(report.head("test"))}
+    same = dataclasses.replace(made(), against="dense")
+    assert same.tests == made().tests and same.head("test") == made().head("test")
+
+
 def test_a_draw_is_told_of_every_collection_and_split():
     report = made()
     whole = Collections({"one": report}).notes()

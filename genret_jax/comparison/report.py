@@ -49,6 +49,7 @@ class Report:
       corpus, documents: what was searched.
       queries: split -> how many were searched.
       judged: split -> how many it has; as many as were searched where it is not said.
+      against: a row that the others are also tested against; None: the best baseline alone.
       seeds, budget: of the trainings; the budget in words.
       also_failed: what failed on dev, where weights are fitted.
     """
@@ -61,6 +62,7 @@ class Report:
     budget: str
     also_failed: dict[str, str] = dataclasses.field(default_factory=dict)
     judged: dict[str, int] = dataclasses.field(default_factory=dict)
+    against: str | None = None
 
     @property
     def files(self) -> list[str]:
@@ -90,9 +92,9 @@ class Report:
 
     @functools.cached_property
     def tests(self) -> dict[str, Tests]:
-        """Split -> the best baseline -> other row -> metric -> comparison."""
+        """Split -> the best baseline, and `against` -> other row -> metric -> comparison."""
         return {
-            split: tests_against((self.best_baseline(split),), rows)
+            split: tests_against((self.best_baseline(split), self.against or ""), rows)
             for split, rows in self.tables.items()
         }
 
@@ -130,14 +132,15 @@ class Report:
     def notes(self) -> list[str]:
         """What the numbers are, a paragraph each."""
         spread = "mean ± standard deviation over seeds" if len(self.seeds) > 1 else "of one seed"
+        chosen = f", and against {self.against}," if self.against else ""
         return [
             f"Quality is {spread}. Index: bytes on disk that ranking reads (weights, identifiers, "
             "vectors, postings; not the documents' texts). Minutes: of the whole fit, indexing "
             "included. Queries/s: these queries in batches; p50 and p95 ms: queries asked one by "
             "one, after warming up; a hybrid asks its parts one after the other.",
             "p is two-sided, of the paired randomisation test over queries against the best by "
-            f"{CHOOSES} of the methods that write no docids (each query's values averaged over "
-            "seeds first), corrected by Holm over the rows of its column; the t-test and the "
+            f"{CHOOSES} of the methods that write no docids{chosen} (each query's values averaged "
+            "over seeds first), corrected by Holm over the rows of its column; the t-test and the "
             "uncorrected values are in comparison.json and comparison.csv. It says what another "
             "choice of queries might change, not another seed.",
         ]

@@ -42,6 +42,7 @@ def compare_methods(
     minutes: float | None = None,
     steps: int | None = None,
     queries: int | None = None,
+    against: str | None = None,
     jobs: int = 1,
     size: str | None = None,
     gin_files: Sequence[str | Path] = (),
@@ -61,6 +62,7 @@ def compare_methods(
       steps: instead, that it is trained for, all its stages together; the recipe's without either.
       queries: searched of each split, and of dev where weights are fitted there, at most: every so
         many-th in the order of the qrels, the same for all methods.
+      against: one of `methods` that all others are also tested against, besides the best baseline.
       jobs: trainings at a time. With more than one, each is a process of its own whose log is in
         `out`/logs; what is measured is measured when all have ended, one after the other.
       size, gin_files, bindings: of all methods, as `load_recipe` takes them.
@@ -75,7 +77,7 @@ def compare_methods(
     """
     settings = _settings(seeds, minutes, steps, queries, jobs, size, gin_files, bindings)
     read = corpus if isinstance(corpus, Corpus) else read_corpus(corpus)
-    planned = _planned(corpus, read, Path(out), methods, seeds, splits, settings)
+    planned = _planned(corpus, read, Path(out), methods, seeds, splits, settings, against)
     with in_use(planned.out):
         _train([planned], jobs)
         return planned.report()
@@ -91,6 +93,7 @@ def compare_collections(
     minutes: float | None = None,
     steps: int | None = None,
     queries: int | None = None,
+    against: str | None = None,
     jobs: int = 1,
     size: str | None = None,
     gin_files: Sequence[str | Path] = (),
@@ -101,7 +104,7 @@ def compare_collections(
     Args:
       corpora: BEIR folders, each of a name of its own.
       splits: each collection has at least one of them, and is searched with those that it has.
-      out, methods, seeds, minutes, steps, queries, jobs, size, gin_files, bindings: as of
+      out, methods, seeds, minutes, steps, queries, against, jobs, size, gin_files, bindings: as of
         `compare_methods`.
 
     Raises:
@@ -125,7 +128,7 @@ def compare_collections(
                 f"{corpus}: has none of the splits {', '.join(splits)}; there are "
                 f"{', '.join(one.splits)}"
             )
-        plans.append(_planned(corpus, one, out / name, methods, seeds, here, settings))
+        plans.append(_planned(corpus, one, out / name, methods, seeds, here, settings, against))
     with in_use(*(planned.out for planned in plans)):
         _train(plans, jobs)
         found = Collections(
@@ -158,7 +161,7 @@ class _Planned:
     """A comparison over one collection, whose settings were found to be in order.
 
     Attributes:
-      corpus, out, seeds, splits, settings: as given.
+      corpus, out, seeds, splits, settings, against: as given.
       chosen: the rows.
       bench: does cells.
       cells: in the order in which they are done.
@@ -169,6 +172,7 @@ class _Planned:
     seeds: tuple[int, ...]
     splits: tuple[str, ...]
     settings: Settings
+    against: str | None
     chosen: list[Method]
     bench: Bench
     cells: list[Cell]
@@ -184,6 +188,7 @@ class _Planned:
             judged={split: len(self.corpus.qrels[split]) for split in self.splits},
             seeds=self.seeds,
             budget=self.settings.text(),
+            against=self.against,
             also_failed={
                 f"{row.name}, {split}": why
                 for (split, _), row in rows.items()
@@ -203,6 +208,7 @@ def _planned(
     seeds: Sequence[int],
     splits: Sequence[str],
     settings: Settings,
+    against: str | None,
 ) -> _Planned:
     check_folder(out, _OURS, "a comparison")
     splits = tuple(dict.fromkeys(splits))
@@ -212,6 +218,8 @@ def _planned(
     if not splits:
         raise UserError(f"no --splits; there are {', '.join(corpus.splits)}")
     chosen = chosen_methods(methods, lambda name: settings.recipe(name, seeds[0]))
+    if against is not None and against not in (method.name for method in chosen):
+        raise UserError(f"--against {against!r} is not among --methods; name it there, too")
     if any(m.rule == "weighted" for m in chosen) and not corpus.qrels.get(DEV):
         raise UserError("weighted:A:B fits its weights on dev, and there is no qrels/dev.tsv")
     bench = Bench(given, corpus, out, settings)
@@ -235,7 +243,7 @@ def _planned(
             for split in splits:
                 cell(method, seed, split)
     every = list(cells.values())
-    return _Planned(corpus, out, tuple(seeds), splits, settings, chosen, bench, every)
+    return _Planned(corpus, out, tuple(seeds), splits, settings, against, chosen, bench, every)
 
 
 def _train(plans: Sequence[_Planned], jobs: int) -> None:
