@@ -220,11 +220,12 @@ def constrained_beam_search(
     kept = Trail.empty(batch, trie.max_length, beam) if trail else None
     beams = _Beams(_root(batch, trie), jnp.zeros((), jnp.int32), cache, kept)
     beams = grow(beams, (0,))
-    beams = jax.lax.while_loop(
-        lambda b: (b.front.size > 1).any() | (_remaining(b, trie) > tail),
-        lambda b: grow(b, (1, 2)),
-        beams,
-    )
+    if trie.max_length > 1:  # else room would be taken for logits that no step computes
+        beams = jax.lax.while_loop(
+            lambda b: (b.front.size > 1).any() | (_remaining(b, trie) > tail),
+            lambda b: grow(b, (1, 2)),
+            beams,
+        )
     scores = beams.front.scores
     if tail_fn and tail and normaliser == "vocabulary":
         scores = _with_tails(beams, trie, tail_fn, tail)

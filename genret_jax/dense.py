@@ -36,7 +36,7 @@ from genret_jax.weights import load_weights, save_weights
 
 _ABOUT, _IDS = "dense.json", "ids.json"
 _BLOCK_BYTES = 64 << 20  # of vectors multiplied at a time
-_IN_MEMORY_BYTES = 2 << 30  # of float32 vectors that are kept between searches
+_IN_MEMORY_BYTES = 4 << 30  # of float32 vectors that are kept between searches
 
 
 class ExactSearch:
@@ -124,14 +124,14 @@ class ExactSearch:
     def _rows(self, begin: int, end: int) -> np.ndarray:
         if self._float32 is not None:
             return self._float32[begin:end]
-        return self._vectors.rows(np.arange(begin, end))
+        return self._vectors.rows(slice(begin, end))
 
     @functools.cached_property
     def _float32(self) -> np.ndarray | None:
         """All vectors, where they are few enough to be kept as they are multiplied."""
         if self._faiss or 4 * self._vectors.values.size > _IN_MEMORY_BYTES:
             return None
-        return self._vectors.rows(np.arange(self._views))
+        return self._vectors.rows(slice(self._views))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,6 +26,7 @@ from genret_jax.vocabularies import DocidSpace, Vocabulary
 
 # Batches are filled up to one of these, so that a handful of programs serves every call.
 BATCH_SIZES = (1, 8, 64)
+_LOGIT_BYTES = 512 << 20  # of a step's float32 logits of all hypotheses, at most
 
 # For each query, positions of documents and its vector -> similarities with the texts, and with the
 # train queries; see `DocumentVectors.of_several`.
@@ -75,6 +76,17 @@ class Ranked:
     semantic: float | None = None
     fused: float | None = None
     unseen: bool | None = None
+
+
+def batch_sizes(hypotheses: int, docid_tokens: int) -> tuple[int, ...]:
+    """Those of BATCH_SIZES whose logits do not take too much memory, or the least.
+
+    Args:
+      hypotheses: of a query, that a step has logits of.
+      docid_tokens: logits of each.
+    """
+    fitting = [n for n in BATCH_SIZES if 4 * n * hypotheses * docid_tokens <= _LOGIT_BYTES]
+    return tuple(fitting) or BATCH_SIZES[:1]
 
 
 class _Programs(NamedTuple):
@@ -188,10 +200,12 @@ class Ranker:
         trie = self.device_trie
         if allowed is not None:
             trie = self.trie.restricted(trie, self.trie.rows_with(allowed))
-        for start in range(0, len(queries), BATCH_SIZES[-1]):
-            chunk = queries[start : start + BATCH_SIZES[-1]]
+        # Identifiers of one token are written by the root alone, whatever the beam.
+        sizes = batch_sizes(beam if self.trie.max_length > 1 else 1, self.model.docids.size)
+        for start in range(0, len(queries), sizes[-1]):
+            chunk = queries[start : start + sizes[-1]]
             tokens = self.vocabulary.encode_batch(chunk, self.input_length)
-            size = next(n for n in BATCH_SIZES if len(chunk) <= n)
+            size = next(n for n in sizes if len(chunk) <= n)
             tokens = np.pad(tokens, ((0, size - len(chunk)), (0, 0)))
             ahead = None
             if look_ahead is not None:

@@ -182,9 +182,9 @@ class DocumentVectors:
 
     @functools.cached_property
     def _in_memory(self) -> Float32[np.ndarray, "views embed"]:
-        return self.rows(np.arange(len(self.values)))
+        return self.rows(slice(None))
 
-    def rows(self, rows: Int[np.ndarray, " n"]) -> Float32[np.ndarray, "n embed"]:
+    def rows(self, rows: Int[np.ndarray, " n"] | slice) -> Float32[np.ndarray, "n embed"]:
         """The vectors of some views, as float32."""
         found = np.asarray(self.values[rows])
         if self.scales is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,9 +14,11 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import decoding  # noqa: E402
+import large_corpus  # noqa: E402
 from decoding import RUNS, TOLERANCE, disagreement, overlap, take_turns  # noqa: E402
 from problem import Problem  # noqa: E402
 
+from genret_jax.corpus import write_corpus  # noqa: E402
 from genret_jax.trie import build_trie  # noqa: E402
 
 OURS = {
@@ -98,6 +101,48 @@ def test_a_problem_that_does_not_fit_is_a_row_and_loses_no_other(monkeypatch, ca
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert rows[0] == rows[2] == done and len(rows) == 3
     assert (rows[1]["peer"], rows[1]["beam"], rows[1]["error"]) == ("ours", 4, "RESOURCE_EXHAUSTED")
+
+
+def test_a_made_corpus_is_answerable_and_the_peaks_are_of_its_methods(tmp_path):
+    corpus = large_corpus.made_corpus(40, train=30, test=6)
+    texts = {document.id: document.text.split() for document in corpus.documents}
+    assert len(texts) == 40 and all(30 < len(text) <= 102 for text in texts.values())
+    assert {split: len(qrels) for split, qrels in corpus.qrels.items()} == {
+        "train": 30,
+        "dev": 6,
+        "test": 6,
+    }
+    for split in corpus.qrels:
+        for query, (document,) in corpus.qrels[split].items():
+            assert set(corpus.queries[query].split()) <= set(texts[document])
+    write_corpus(corpus, tmp_path / "made")
+    options = ["--methods", "bm25,tfidf"]
+    peaks = large_corpus.compare(tmp_path / "made", tmp_path / "out", options)
+    assert list(peaks) == ["start", "bm25", "tfidf"]
+    assert all(2e7 < peak < 4e9 for peak in peaks.values())
+    again = large_corpus.compare(tmp_path / "made", tmp_path / "out", options)
+    assert again["tfidf"] == peaks["tfidf"], "that of the call in which it was measured"
+    with pytest.raises(SystemExit, match="ended with 2"):
+        large_corpus.compare(tmp_path / "made", tmp_path / "out", ["--methods", "bm52"])
+
+
+def test_each_phase_has_its_own_peak():
+    """A process that holds 200 MB for a while, and then none of it."""
+    code = (
+        "import sys; wait = sys.stdin.readline; wait(); a = bytearray(b'1') * 200_000_000; del a; "
+        "print(1, flush=True); wait(); print(2, flush=True); wait()"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdin=-1, stdout=-1, text=True) as child:
+        watch = large_corpus.Watch(child.pid)
+        for phase in ("much", "little"):
+            watch.phase(phase)
+            child.stdin.write("\n")
+            child.stdin.flush()
+            child.stdout.readline()
+        watch.phase("end")
+        child.stdin.write("\n")
+    watch.end()
+    assert watch.peaks["much"] > 2e8 > 1e8 > watch.peaks["little"] > 1e6
 
 
 @pytest.mark.parametrize("kind", ["random", "skewed", "variable"])

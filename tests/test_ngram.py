@@ -17,6 +17,7 @@ from tiny import FAST, tiny_corpus
 from genret_jax.baselines.protocol import Searcher
 from genret_jax.cli import main
 from genret_jax.comparison.methods import chosen_methods
+from genret_jax.data.examples import Ragged
 from genret_jax.data.ngrams import Drawing
 from genret_jax.errors import UserError
 from genret_jax.ngram.index import NgramIndex
@@ -81,7 +82,7 @@ TEXTS = st.lists(st.lists(st.integers(UNK, SIZE - 1), max_size=8), min_size=1, m
 @given(TEXTS)
 def test_every_ngram_is_counted_and_located(texts):
     owners = [i // 2 for i in range(len(texts))]
-    index = NgramIndex.of(texts, owners, length=LENGTH, vocab_size=SIZE)
+    index = NgramIndex.of(Ragged.of(texts), np.array(owners), length=LENGTH, vocab_size=SIZE)
     starts = np.concatenate([[0], np.cumsum([len(t) for t in texts])])
     for ngram in all_ngrams(texts, LENGTH):
         begin, end = range_of(index, ngram)
@@ -98,7 +99,7 @@ def test_every_ngram_is_counted_and_located(texts):
 
 def test_a_whole_text_is_found_by_all_of_it(tmp_path):
     texts = [[3, 4], [3, 4], [3, 4, 5, 6], [], [3, 4, 5]]
-    index = NgramIndex.of(texts, range(5), length=3, vocab_size=SIZE, whole=True)
+    index = NgramIndex.of(Ragged.of(texts), np.arange(5), length=3, vocab_size=SIZE, whole=True)
     index.save(tmp_path)
     index = NgramIndex.load(tmp_path)
     rows = {tuple(row): index.trie.documents(i).tolist() for i, row in enumerate(index.trie.rows)}
@@ -111,7 +112,7 @@ def test_a_whole_text_is_found_by_all_of_it(tmp_path):
 
 def test_texts_without_a_token_are_refused():
     with pytest.raises(UserError, match="no n-gram"):
-        NgramIndex.of([[], [UNK, UNK]], [0, 1], length=2, vocab_size=SIZE)
+        NgramIndex.of(Ragged.of([[], [UNK, UNK]]), np.arange(2), length=2, vocab_size=SIZE)
 
 
 # ---- scores
@@ -181,7 +182,7 @@ def brute_scores(texts, owners, ngrams, log_p, weighting):
 def test_scores_of_documents_are_those_of_plain_loops(texts, seed, rare):
     rng = np.random.default_rng(seed)
     owners = [i // 2 for i in range(len(texts))]
-    index = NgramIndex.of(texts, owners, length=LENGTH, vocab_size=SIZE)
+    index = NgramIndex.of(Ragged.of(texts), np.array(owners), length=LENGTH, vocab_size=SIZE)
     everything = all_ngrams(texts, LENGTH)
     chosen = rng.permutation(len(everything))[: rng.integers(1, 9)]
     ngrams = [everything[i] for i in chosen]

@@ -132,7 +132,8 @@ class Report:
     def notes(self) -> list[str]:
         """What the numbers are, a paragraph each."""
         spread = "mean ± standard deviation over seeds" if len(self.seeds) > 1 else "of one seed"
-        chosen = f", and against {self.against}," if self.against else ""
+        there = any(self.against in tests for tests in self.tests.values())
+        chosen = f" and against {self.against}" if there else ""
         return [
             f"Quality is {spread}. Index: bytes on disk that ranking reads (weights, identifiers, "
             "vectors, postings; not the documents' texts). Minutes: of the whole fit, indexing "
@@ -173,6 +174,7 @@ class Report:
             "judged": self.queries | self.judged,
             "seeds": list(self.seeds),
             "budget": self.budget,
+            "against": self.against,
             "splits": {
                 split: {
                     "best_baseline": self.best_baseline(split),

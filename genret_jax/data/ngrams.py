@@ -51,7 +51,9 @@ class ViewTexts:
 
     def of(self, document: int) -> Iterator[np.ndarray]:
         """The texts of one document."""
-        first, last = np.searchsorted(self.owners, [document, document + 1]).tolist()
+        # Keys of another type would have all owners converted, for every call.
+        keys = np.array([document, document + 1], self.owners.dtype)
+        first, last = np.searchsorted(self.owners, keys).tolist()
         return (self.texts[i] for i in range(first, last))
 
 

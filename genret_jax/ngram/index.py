@@ -16,13 +16,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int, UInt
 
+from genret_jax.data.examples import Ragged
 from genret_jax.errors import UserError
 from genret_jax.trie import Trie, lexicographic_order, token_type, trie_of_sorted
 from genret_jax.vocabularies import EOS, PAD, UNK
@@ -49,8 +49,8 @@ class NgramIndex:
     @classmethod
     def of(
         cls,
-        texts: Sequence[Sequence[int]],
-        owners: Sequence[int],
+        texts: Ragged,
+        owners: Int[np.ndarray, " texts"],
         *,
         length: int,
         vocab_size: int,
@@ -68,18 +68,15 @@ class NgramIndex:
         Raises:
           UserError: for texts without a token.
         """
-        lengths = np.fromiter(map(len, texts), np.int64, len(texts))
-        kind = token_type(vocab_size)
-        stream = np.fromiter((t for text in texts for t in text), kind, int(lengths.sum()))
-        offsets = np.concatenate([[0], np.cumsum(lengths)])
-        windows, positions = _windows(stream, offsets, length, whole=whole)
+        stream = texts.values.astype(token_type(vocab_size))
+        windows, positions = _windows(stream, texts.offsets, length, whole=whole)
         if not len(positions):
             raise UserError("there is no n-gram in these texts; give documents with words")
         order = lexicographic_order(windows, vocab_size)
         if order is not None:
             windows, positions = windows[order], positions[order]
         trie = trie_of_sorted(windows, positions, vocab_size)
-        return cls(trie, offsets, np.asarray(owners, np.int32), whole)
+        return cls(trie, texts.offsets, owners.astype(np.int32), whole)
 
     @property
     def tokens(self) -> int:

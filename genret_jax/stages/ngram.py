@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 _TASKS = "genret_ngram"
 _MOST_EXAMPLES = 400_000  # of a task, read before training begins: two minutes of a CPU
 _DEV_DEPTH = 100
+_CHUNK = 1024  # documents whose tokens are a Python list at a time
 _START_EXAMPLES = 100_000  # that the start is counted from
 
 
@@ -99,8 +100,12 @@ class NgramTraining:
             elif view == "title":
                 texts, owners = examples.titles, everyone
             else:
-                whole = [vocabulary.encode(d.whole) for d in self.materials.documents]
-                texts, owners = Ragged.of(whole), everyone
+                documents = self.materials.documents
+                texts = Ragged.of_chunks(
+                    [vocabulary.encode(d.whole) for d in documents[i : i + _CHUNK]]
+                    for i in range(0, len(documents), _CHUNK)
+                )
+                owners = everyone
             mark = vocabulary.docids.start + VIEWS.index(view)
             if len(texts.values):
                 found.append(ViewTexts(view, mark, texts, owners, whole=view == "title"))
@@ -123,8 +128,8 @@ class NgramTraining:
             vocabulary=self.materials.index.vocabulary,
             views={
                 view.name: NgramIndex.of(
-                    [view.texts[i].tolist() for i in range(len(view.texts))],
-                    view.owners.tolist(),
+                    view.texts,
+                    view.owners,
                     length=settings.length,
                     vocab_size=self.model.docids.size,
                     whole=view.whole,
