@@ -212,21 +212,49 @@ def test_a_finished_run_is_not_trained_again(run, collection, capsys):
     assert weights.stat().st_mtime_ns == before
 
 
-@pytest.mark.parametrize("kind", ["keywords", "title", "rq"])
-def test_every_kind_of_docid_is_trained_and_searched(kind, tmp_path):
+def log_p_by_hand(retriever, query, row):
+    """log p of an identifier: each token among those that go on with the prefix before it."""
+    model, rows = retriever.ranker.model, retriever.index.table.tokens.tolist()
+    targets = np.asarray(model.docids.to_model(np.asarray(row)))[None]
+    batch = {
+        "encoder_input_tokens": retriever.ranker.vocabulary.encode_batch(
+            [query], retriever.ranker.input_length
+        ),
+        "decoder_input_tokens": np.pad(targets, ((0, 0), (1, 0)))[:, :-1],
+    }
+    states = model.states(retriever.params, batch)[1]
+    logits = np.asarray(model.docid_logits(retriever.params, states))[0].astype(np.float64)
+    total = 0.0
+    for place, token in enumerate(token for token in row if token):
+        after = sorted({other[place] for other in rows if other[:place] == row[:place]})
+        total += logits[place, token] - np.log(np.exp(logits[place, after]).sum())
+    return total
+
+
+@pytest.mark.parametrize(
+    "method", ["dsi", "dsi-naive", "dsi-hierarchical", "dsi-pq", "dsi-rq", "genre"]
+)
+def test_every_method_of_docids_scores_by_their_probability(method, tmp_path):
+    corpus, query = tiny_corpus(), "honey and wax"
+    documents = [dataclasses.replace(d, title="Trades") for d in corpus.documents[:3]]
+    corpus = dataclasses.replace(corpus, documents=(*documents, *corpus.documents[3:]))
     retriever = Retriever.fit(
-        tiny_corpus(),
+        corpus,
         out=tmp_path,
-        method="dsi",  # tests/test_second_stage.py goes on from there
-        bindings=[
-            *FAST,
-            "TrainConfig.steps = 2",
-            "TrainConfig.evaluations = 1",
-            f"DocidConfig.kind = '{kind}'",
-        ],
+        method=method,
+        bindings=[*FAST, "TrainConfig.steps = 2", "TrainConfig.evaluations = 1"],
     )
-    hits = retriever.search("honey and wax", k=8)
-    assert len({hit.document for hit in hits}) == 8 and all(hit.docid for hit in hits)
+    hits = retriever.search(query, k=8)
+    assert {hit.document for hit in hits} == {document.id for document in corpus.documents}
+    table = retriever.index.table
+    rows = {d: row for row, d in zip(table.tokens.tolist(), table.documents.tolist(), strict=True)}
+    for hit in hits:
+        by_hand = log_p_by_hand(retriever, query, rows[corpus.index[hit.document]])
+        assert hit.score == hit.generation == pytest.approx(by_hand, abs=1e-4)
+    if method == "genre":
+        ends = {hit.document: hit.docid for hit in hits if "rades" in hit.docid}
+        first, second, third = (ends[document.id] for document in corpus.documents[:3])
+        assert (second, third) == (first + " <#2>", first + " <#3>") and len(ends) == 3
 
 
 def test_a_time_budget_ends_the_run(collection, tmp_path, capsys):

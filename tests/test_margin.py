@@ -79,6 +79,20 @@ def test_a_row_that_keeps_its_margins_passes_no_gradient():
     assert float(out.parts["violations"]) == pytest.approx(1 / 3)
 
 
+def test_the_loss_falls_with_every_rank_that_is_mended():
+    """The right document passes five wrong ones, one after the other, until none is near."""
+    wrong = jnp.array([-1.0, -2.0, -3.0, -4.0, -5.0])
+    losses = []
+    for place in (-5.5, -4.5, -3.5, -2.5, -1.5, -0.5):  # last of six .. first
+        score = jnp.full(5, place)
+        out = margin_rank(score, wrong, wrong - 1, margin=0.5, drawn_margin=0.5)
+        losses.append(float(out.loss))
+    assert all(later < before for before, later in zip(losses[:-1], losses[1:], strict=True))
+    assert losses[-1] == 0, "first, by the margin"
+    beyond = margin_rank(score + 1, wrong, wrong - 1, margin=0.5, drawn_margin=0.5)
+    assert float(beyond.loss) == 0, "more is not asked for"
+
+
 CONFIG = T5Config(
     vocab_size=26,
     embed_dim=8,

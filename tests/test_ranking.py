@@ -8,11 +8,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from genret_jax import ranking
 from genret_jax.docids.table import DocidTable
 from genret_jax.documents import descending
 from genret_jax.modeling.layers import T5Config
 from genret_jax.modeling.model import RetrievalModel
-from genret_jax.ranking import Ranker, forget_programs, with_similarities
+from genret_jax.ranking import Ranker, batch_sizes, forget_programs, with_similarities
 from genret_jax.scoring import Fusion
 from genret_jax.stages.common import compile_search
 from genret_jax.trie import build_trie
@@ -51,6 +52,13 @@ def test_searches_that_differ_in_weights_and_tries_alone_share_their_programs():
         assert changed._programs is not ranker._programs, change
     forget_programs()
     assert dataclasses.replace(ranker)._programs is not ranker._programs
+
+
+def test_batches_are_as_large_as_their_logits_allow(monkeypatch):
+    monkeypatch.setattr(ranking, "_LOGIT_BYTES", 4 * 8 * 10 * 20)
+    assert batch_sizes(10, 20) == (1, 8)
+    assert batch_sizes(10, 21) == (1,) and batch_sizes(1000, 1000) == (1,), "one there must be"
+    assert batch_sizes(1, 25) == (1, 8, 64)
 
 
 def _reached(ranker, rows, scores):
