@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -15,10 +16,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import decoding  # noqa: E402
 import large_corpus  # noqa: E402
+import ngram_index  # noqa: E402
 from decoding import RUNS, TOLERANCE, disagreement, overlap, take_turns  # noqa: E402
 from problem import Problem  # noqa: E402
 
 from genret_jax.corpus import write_corpus  # noqa: E402
+from genret_jax.data.examples import Ragged  # noqa: E402
+from genret_jax.ngram.index import NgramIndex  # noqa: E402
 from genret_jax.trie import build_trie  # noqa: E402
 
 OURS = {
@@ -124,6 +128,20 @@ def test_a_made_corpus_is_answerable_and_the_peaks_are_of_its_methods(tmp_path):
     assert again["tfidf"] == peaks["tfidf"], "that of the call in which it was measured"
     with pytest.raises(SystemExit, match="ended with 2"):
         large_corpus.compare(tmp_path / "made", tmp_path / "out", ["--methods", "bm52"])
+
+
+@pytest.mark.parametrize("beam", [1, 5])
+def test_a_suffix_array_finds_what_the_trie_finds(beam):
+    rng = np.random.default_rng(beam)
+    texts = Ragged.of([rng.integers(2, 9, n).tolist() for n in (14, 1, 0, 30, 11, 3)])  # 2: unknown
+    index = NgramIndex.of(texts, np.arange(6), length=ngram_index.LENGTH, vocab_size=9)
+    table = jnp.asarray(rng.normal(0, 2, (9, 9)), jnp.float32).at[:, 0].set(-jnp.inf)
+    first = jnp.array([3, 5, 8])
+    trie = ngram_index.by_trie(table, index.trie.on_device(), first, beam=beam)
+    array = map(jnp.asarray, (texts.values, ngram_index.ends(texts), index.trie.row_documents))
+    found = ngram_index.by_suffix_array(table, *array, first, beam=beam)
+    np.testing.assert_allclose(trie, found, atol=1e-4)
+    assert np.isfinite(trie).all()
 
 
 def test_each_phase_has_its_own_peak():
