@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import logging
 import os
@@ -259,6 +260,10 @@ def compare(arguments: argparse.Namespace) -> int:
 
     several = len(arguments.corpus) > 1
     compared: Callable[..., Any] = compare_collections if several else compare_methods
+    if arguments.pseudo_queries:
+        if several:
+            raise UserError("--pseudo-queries are of one collection; compare that one alone")
+        compared = functools.partial(compared, pseudo_queries=arguments.pseudo_queries)
     report = compared(
         arguments.corpus if several else arguments.corpus[0],
         out=arguments.out,

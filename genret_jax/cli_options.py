@@ -32,13 +32,14 @@ def add_fit_options(command: argparse.ArgumentParser) -> None:
         type=float,
         help="FLOP/s of a device, for its utilisation in metrics.jsonl (default: of its kind)",
     )
-    command.add_argument(
-        "--pseudo-queries",
-        metavar="FILE",
-        help="learn from these, too; `genret pseudo-queries` makes them",
-    )
+    _add_pseudo_queries(command, "learn from these, too")
     add_recipe_options(command)
     add_process_options(command)
+
+
+def _add_pseudo_queries(command: argparse.ArgumentParser, what: str) -> None:
+    help = f"{what}; `genret pseudo-queries` makes them"
+    command.add_argument("--pseudo-queries", metavar="FILE", help=help)
 
 
 def add_search_options(command: argparse.ArgumentParser) -> None:
@@ -201,6 +202,7 @@ def add_compare_options(command: argparse.ArgumentParser) -> None:
         metavar="A",
         help="one of --methods that all others are tested against, besides the best baseline",
     )
+    _add_pseudo_queries(command, "those methods learn from these, too, that can")
     add_gin_options(command)
 
 

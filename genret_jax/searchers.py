@@ -7,7 +7,8 @@ A recipe whose SearcherConfig names a module is made and opened by that module's
     load(folder: Path) -> Searcher                           opens it
 
 A module whose searcher is the same whatever the seed says TRAINED = False. One whose searcher is
-no dual encoder says GROUP: "lexical", "dense" or "generative", where a comparison puts it.
+no dual encoder says GROUP: "lexical", "dense" or "generative", where a comparison puts it. One that
+learns from pseudo-queries, which then are in `work.split`, says PSEUDO_QUERIES = True.
 `fit` may give "dev" (dev metrics) and "training" (such as steps), and whatever else belongs into
 retriever.json. So a new method is a gin file and, where no module here makes it, a module.
 
@@ -34,6 +35,7 @@ from genret_jax.documents import DocumentStore, write_documents
 from genret_jax.errors import UserError
 from genret_jax.files import replace_on_success
 from genret_jax.indexing import FORMAT, documents_digest, read_json
+from genret_jax.pseudo_queries import read_pseudo_queries
 from genret_jax.recipe import Recipe
 from genret_jax.retriever import Retriever, find_retriever
 from genret_jax.splitting import Split, split_corpus
@@ -53,12 +55,14 @@ class Work:
       run: its folder, for checkpoints.
       clock: the time budget.
       corpus: once more, for the split.
+      pseudo: (query, position of its document) of pseudo-queries.
     """
 
     recipe: Recipe
     run: Path
     clock: Clock
     corpus: Corpus
+    pseudo: Sequence[tuple[str, int]] = ()
 
     @property
     def settings(self) -> Mapping[str, Any]:
@@ -66,8 +70,9 @@ class Work:
 
     @functools.cached_property
     def split(self) -> Split:
-        """Train pairs and dev queries, as every trained method has them."""
-        return split_corpus(self.corpus, self.recipe.data, seed=self.recipe.train.seed)
+        """Train pairs and dev queries, as every trained method has them, and pseudo-queries."""
+        split = split_corpus(self.corpus, self.recipe.data, seed=self.recipe.train.seed)
+        return dataclasses.replace(split, pseudo=self.pseudo)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,12 +127,13 @@ def fit_method(
     minutes: float | None = None,
     started: float | None = None,
     stage: int | None = None,
+    pseudo_queries: str | Path | None = None,
     **training: Any,
 ) -> Opened:
     """Fits any method, or goes on where an interrupted run stopped; see `genret_jax.fit.fit`.
 
     Args:
-      corpus, recipe, out, minutes, started, stage: of that.
+      corpus, recipe, out, minutes, started, stage, pseudo_queries: of that.
       **training: what else it takes; for generative retrievers alone.
 
     Raises:
@@ -144,9 +150,12 @@ def fit_method(
             minutes=minutes,
             started=started,
             stage=stage,
+            pseudo_queries=pseudo_queries,
             **training,
         )
     check_minutes(minutes)
+    if not takes_pseudo_queries(recipe):
+        training["pseudo_queries"] = pseudo_queries
     for name in (name for name, value in training.items() if value):
         option = f"--{name.replace('_', '-')}"
         raise UserError(f"method {recipe.method} takes no {option}; leave it out")
@@ -162,11 +171,13 @@ def fit_method(
     clock = Clock(minutes * 60 if minutes else None, started=started, reserve=_RESERVE_SECONDS)
     path, read = read_given(corpus)
     digest = documents_digest(read.documents)
-    with claimed(out, recipe, _identity(recipe, read, digest)):
+    pseudo = read_pseudo_queries(pseudo_queries, read) if pseudo_queries else []
+    with claimed(out, recipe, _identity(recipe, read, digest, pseudo)):
         if not (out / "retriever" / "retriever.json").is_file():
             with replace_on_success(out / "retriever") as folder:
                 folder.mkdir()
-                found = _called(module.fit, recipe, read, folder, Work(recipe, out, clock, read))
+                work = Work(recipe, out, clock, read, pseudo)
+                found = _called(module.fit, recipe, read, folder, work)
                 write_documents(read.documents, folder)
                 count = len(read.documents)
                 about = {"name": read.name, "path": path, "documents": count, "digest": digest}
@@ -212,6 +223,12 @@ def is_trained(recipe: Recipe) -> bool:
     return not recipe.searcher.module or getattr(_module(recipe.searcher.module), "TRAINED", True)
 
 
+def takes_pseudo_queries(recipe: Recipe) -> bool:
+    """Whether a method may learn from pseudo-queries, too."""
+    name = recipe.searcher.module
+    return not name or getattr(_module(name), "PSEUDO_QUERIES", False)
+
+
 def group(recipe: Recipe) -> str:
     """Where a comparison puts a method: "lexical", "dense" or "generative"."""
     if not recipe.searcher.module:
@@ -249,7 +266,10 @@ def _called(function: Any, recipe: Recipe, *arguments: Any) -> dict[str, Any]:
         ) from None
 
 
-def _identity(recipe: Recipe, corpus: Corpus, digest: str) -> str:
+def _identity(
+    recipe: Recipe, corpus: Corpus, digest: str, pseudo: Sequence[tuple[str, int]]
+) -> str:
     judged = {split: corpus.qrels.get(split, {}) for split in ("train", "dev")}
-    content = [recipe.to_dict(), digest, corpus.queries, judged]
+    content: list[Any] = [recipe.to_dict(), digest, corpus.queries, judged]
+    content += [list(pseudo)] if pseudo else []
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

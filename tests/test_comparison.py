@@ -24,6 +24,7 @@ from genret_jax.evaluation import DEFAULT_METRICS, evaluate
 from genret_jax.files import held
 from genret_jax.harness.measuring import index_bytes
 from genret_jax.hybrid import fit_weights, reciprocal_ranks, weighted
+from genret_jax.pseudo_queries import PseudoQuery, write_pseudo_queries
 from genret_jax.recipe import load_recipe
 from genret_jax.training.budget import with_steps
 from genret_jax.training.interruption import Interrupted
@@ -218,9 +219,9 @@ def pretended(comparison, monkeypatch):
     asked = []
     real = bench.fit_method
 
-    def copied(corpus, *, recipe, out, minutes):
+    def copied(corpus, *, recipe, out, minutes, **more):
         if recipe.searcher.module:
-            return real(corpus, recipe=recipe, out=out, minutes=minutes)
+            return real(corpus, recipe=recipe, out=out, minutes=minutes, **more)
         asked.append((out.name.rsplit("-", 1)[0], recipe, minutes))
         (source,) = (comparison / "runs").glob("dsi-seed-*")
         shutil.copytree(source / "retriever", out / "retriever")
@@ -250,10 +251,10 @@ def test_every_seed_is_trained_once_with_the_same_budget(collection, tmp_path, p
 def test_one_failure_does_not_lose_the_others(collection, tmp_path, pretended, monkeypatch, capsys):
     copied = bench.fit_method
 
-    def fails(corpus, *, recipe, out, minutes):
+    def fails(corpus, *, recipe, out, minutes, **more):
         if recipe.method == "genre":
             raise RuntimeError("out of\nmemory")
-        copied(corpus, recipe=recipe, out=out, minutes=minutes)
+        copied(corpus, recipe=recipe, out=out, minutes=minutes, **more)
 
     monkeypatch.setattr(bench, "fit_method", fails)
     out = tmp_path / "out"
@@ -278,10 +279,10 @@ def test_one_failure_does_not_lose_the_others(collection, tmp_path, pretended, m
 def test_it_goes_on_after_an_interruption(collection, tmp_path, pretended, monkeypatch, capsys):
     copied = bench.fit_method
 
-    def stops(corpus, *, recipe, out, minutes):
+    def stops(corpus, *, recipe, out, minutes, **more):
         if recipe.method == "genre":
             raise Interrupted("training stopped at step 3; run the same command to go on", 143)
-        copied(corpus, recipe=recipe, out=out, minutes=minutes)
+        copied(corpus, recipe=recipe, out=out, minutes=minutes, **more)
 
     monkeypatch.setattr(bench, "fit_method", stops)
     arguments = command(collection, tmp_path / "out", ["dsi", "genre"])
@@ -296,6 +297,38 @@ def test_it_goes_on_after_an_interruption(collection, tmp_path, pretended, monke
     assert not pretended, "another split is another search only"
     assert main([*arguments, "--minutes", "3"]) == 0
     assert len(pretended) == 2, "other minutes are another training"
+
+
+def test_pseudo_queries_are_for_those_that_learn_from_them(
+    collection, tmp_path, monkeypatch, capsys
+):
+    asked = {}
+
+    def noted(corpus, *, recipe, out, minutes, pseudo_queries):
+        asked[recipe.method] = out.name, pseudo_queries
+        raise UserError("only noted")
+
+    monkeypatch.setattr(bench, "fit_method", noted)
+    arguments = command(collection, tmp_path / "out", ["bm25", "dsi", "minder", "dense", "glen"])
+    assert main(arguments) == 1 and {given for _, given in asked.values()} == {None}
+    before, files = dict(asked), [tmp_path / "one.jsonl", tmp_path / "two.jsonl"]
+    for file, text in zip(files, ("stings", "honey"), strict=True):
+        write_pseudo_queries([PseudoQuery("bees", text, -1.0)], file)
+        assert main([*arguments, "--pseudo-queries", str(file)]) == 1
+        changed = {method for method in asked if asked[method] != before[method]}
+        assert changed == {"dsi", "minder"}, "others would make what they have made"
+        assert {asked[method][1] for method in changed} == {str(file)}
+        before |= {method: (asked[method][0], None) for method in changed}
+    assert "pseudo-queries for all that take them" in (tmp_path / "out/comparison.md").read_text()
+    settings = bench.Settings(pseudo_queries="p")
+    assert "--pseudo-queries=p" in settings.command("dsi", 0)
+    assert "--pseudo-queries=p" not in settings.command("dense", 0)
+    capsys.readouterr()
+    assert main([*arguments, "--pseudo-queries", str(tmp_path / "none")]) == 2
+    assert (
+        main(["compare", str(collection), str(tmp_path), *arguments[2:], "--pseudo-queries=p"]) == 2
+    )
+    assert "--pseudo-queries are of one collection" in capsys.readouterr().err
 
 
 def test_a_budget_of_steps_is_that_of_all_stages(collection, tmp_path, pretended):

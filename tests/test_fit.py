@@ -16,7 +16,7 @@ from tiny import FAST, tiny_corpus
 from genret_jax import Retriever, UserError
 from genret_jax.cli import main
 from genret_jax.configs import DataConfig
-from genret_jax.corpus import read_run, write_corpus
+from genret_jax.corpus import Document, read_run, write_corpus
 from genret_jax.evaluation import evaluate
 from genret_jax.files import held
 from genret_jax.fit import fit
@@ -213,7 +213,10 @@ def test_a_finished_run_is_not_trained_again(run, collection, capsys):
 
 
 def log_p_by_hand(retriever, query, row):
-    """log p of an identifier: each token among those that go on with the prefix before it."""
+    """log p of an identifier: each token among those that go on with the prefix before it.
+
+    Where all identifiers are of one token, it is one of all tokens and the end.
+    """
     model, rows = retriever.ranker.model, retriever.index.table.tokens.tolist()
     targets = np.asarray(model.docids.to_model(np.asarray(row)))[None]
     batch = {
@@ -227,34 +230,47 @@ def log_p_by_hand(retriever, query, row):
     total = 0.0
     for place, token in enumerate(token for token in row if token):
         after = sorted({other[place] for other in rows if other[:place] == row[:place]})
+        if model.normaliser == "vocabulary":
+            after = list(range(1, model.docids.size))
         total += logits[place, token] - np.log(np.exp(logits[place, after]).sum())
     return total
 
 
 @pytest.mark.parametrize(
-    "method", ["dsi", "dsi-naive", "dsi-hierarchical", "dsi-pq", "dsi-rq", "genre"]
+    ("method", "more"),
+    [
+        ("dsi", ()),
+        ("dsi-naive", ()),
+        ("dsi-hierarchical", ["DocidConfig.settings = {'clusters': 3, 'leaf': 3}"]),
+        ("dsi-pq", ()),
+        ("dsi-rq", ()),
+        ("genre", ()),
+    ],
 )
-def test_every_method_of_docids_scores_by_their_probability(method, tmp_path):
+def test_every_method_of_docids_scores_by_their_probability(method, more, tmp_path):
     corpus, query = tiny_corpus(), "honey and wax"
     documents = [dataclasses.replace(d, title="Trades") for d in corpus.documents[:3]]
-    corpus = dataclasses.replace(corpus, documents=(*documents, *corpus.documents[3:]))
+    documents += [*corpus.documents[3:]]
+    documents += [Document(f"z{i}", f"Smith {i}", f"forge iron in a fire, {i}") for i in range(4)]
+    corpus = dataclasses.replace(corpus, documents=tuple(documents))
     retriever = Retriever.fit(
         corpus,
         out=tmp_path,
         method=method,
-        bindings=[*FAST, "TrainConfig.steps = 2", "TrainConfig.evaluations = 1"],
+        bindings=[*FAST, "TrainConfig.steps = 2", "TrainConfig.evaluations = 1", *more],
     )
-    hits = retriever.search(query, k=8)
+    hits = retriever.search(query, k=12)
     assert {hit.document for hit in hits} == {document.id for document in corpus.documents}
     table = retriever.index.table
+    assert (table.tokens.shape[1] > 1) == (method != "dsi")
     rows = {d: row for row, d in zip(table.tokens.tolist(), table.documents.tolist(), strict=True)}
     for hit in hits:
         by_hand = log_p_by_hand(retriever, query, rows[corpus.index[hit.document]])
         assert hit.score == hit.generation == pytest.approx(by_hand, abs=1e-4)
     if method == "genre":
-        ends = {hit.document: hit.docid for hit in hits if "rades" in hit.docid}
-        first, second, third = (ends[document.id] for document in corpus.documents[:3])
-        assert (second, third) == (first + " <#2>", first + " <#3>") and len(ends) == 3
+        named = {hit.document: hit.docid for hit in hits}
+        first, second, third = (named[document.id] for document in corpus.documents[:3])
+        assert (second, third) == (first + " · <#2>", first + " · <#3>")
 
 
 def test_a_time_budget_ends_the_run(collection, tmp_path, capsys):

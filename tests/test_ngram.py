@@ -233,7 +233,7 @@ def run(collection, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "ngram"
     file = out.parent / "pseudo.jsonl"
     write_pseudo_queries([PseudoQuery("bees", "sweet things from insects", -3.0)], file)
-    fit_method(collection, recipe=_recipe({"pseudo_queries": str(file)}), out=out)
+    fit_method(collection, recipe=_recipe(), out=out, pseudo_queries=file)
     return out
 
 

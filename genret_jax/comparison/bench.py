@@ -20,8 +20,9 @@ from genret_jax.harness.rows import Measured
 from genret_jax.harness.trainings import Trainings
 from genret_jax.hybrid import fit_weights, reciprocal_ranks, weighted
 from genret_jax.indexing import documents_digest
+from genret_jax.pseudo_queries import read_pseudo_queries
 from genret_jax.recipe import Recipe, load_recipe
-from genret_jax.searchers import fit_method
+from genret_jax.searchers import fit_method, takes_pseudo_queries
 from genret_jax.training.budget import with_steps
 
 DEV = "dev"
@@ -65,6 +66,7 @@ class Settings:
       minutes, steps: the budget of a training, one of them or none: then the recipes' steps.
       queries: asked of a split, dev included, at most; None for all.
       size, gin_files, bindings: as `load_recipe` takes them.
+      pseudo_queries: file of them, for the methods that learn from such.
     """
 
     minutes: float | None = None
@@ -73,6 +75,7 @@ class Settings:
     size: str | None = None
     gin_files: tuple[str, ...] = ()
     bindings: tuple[str, ...] = ()
+    pseudo_queries: str | None = None
 
     def recipe(self, method: str, seed: int) -> Recipe:
         lines = [*self.bindings, _seed(seed)]
@@ -81,18 +84,24 @@ class Settings:
 
     def command(self, method: str, seed: int) -> tuple[str, ...]:
         """The options of `genret fit` that make `recipe` and give it the budget."""
-        budget = {"--minutes": self.minutes, "--steps": self.steps}
+        pseudo = self.pseudo_of(self.recipe(method, seed))
+        given = {"--minutes": self.minutes, "--steps": self.steps, "--pseudo-queries": pseudo}
         lines = (*self.bindings, _seed(seed))
         return (
             *fit_options(method, size=self.size, gin_files=self.gin_files, bindings=lines),
-            *(f"{name}={value}" for name, value in budget.items() if value is not None),
+            *(f"{name}={value}" for name, value in given.items() if value is not None),
         )
 
+    def pseudo_of(self, recipe: Recipe) -> str | None:
+        """The file of pseudo-queries, where a method learns from them."""
+        return self.pseudo_queries if takes_pseudo_queries(recipe) else None
+
     def text(self) -> str:
-        """The budget, for people."""
+        """The budget, for people, and what else the methods are given."""
+        found = f"{self.minutes:g} min a training" if self.minutes else "the recipes' steps"
         if self.steps is not None:
-            return f"{self.steps} steps a training"
-        return f"{self.minutes:g} min a training" if self.minutes else "the recipes' steps"
+            found = f"{self.steps} steps a training"
+        return f"{found}, pseudo-queries for all that take them" if self.pseudo_queries else found
 
 
 def _seed(seed: int) -> str:
@@ -107,6 +116,8 @@ class Bench:
         self._given, self._corpus, self._out = given, corpus, out
         self._settings, self._minutes = settings, settings.minutes
         self._digest = digest_of(documents_digest(corpus.documents), corpus.queries, corpus.qrels)
+        file = settings.pseudo_queries
+        self._pseudo = digest_of(read_pseudo_queries(file, corpus)) if file else ""
         self._trainings = Trainings(settings.minutes)
         self._ledger = Ledger(out)
 
@@ -128,7 +139,8 @@ class Bench:
         about: Any = recipe.to_dict()
         if not method.trained:  # no seed and no size of a network makes another index
             about = about["searcher"]
-        digest = digest_of(about, self._digest, minutes)
+        pseudo = [self._pseudo] if self._settings.pseudo_of(recipe) else []
+        digest = digest_of(about, self._digest, minutes, *pseudo)
         name = method.slug if seed is None else f"{method.slug}-seed-{seed}"
         folder = self._out / "runs" / f"{name}-{digest[:10]}"
         asked = list(self.asked(split))
@@ -186,7 +198,13 @@ class Bench:
         self._trainings.train(
             folder,
             cell.shares()[folder],
-            lambda: fit_method(self._given, recipe=recipe, out=folder, minutes=minutes),
+            lambda: fit_method(
+                self._given,
+                recipe=recipe,
+                out=folder,
+                minutes=minutes,
+                pseudo_queries=self._settings.pseudo_of(recipe),
+            ),
         )
         searcher = self._trainings.opened(folder)
         found = rank(

@@ -47,6 +47,7 @@ def compare_methods(
     size: str | None = None,
     gin_files: Sequence[str | Path] = (),
     bindings: Sequence[str] = (),
+    pseudo_queries: str | Path | None = None,
 ) -> Report:
     """Fits methods under one budget and measures them on the same queries, or goes on doing so.
 
@@ -66,6 +67,7 @@ def compare_methods(
       jobs: trainings at a time. With more than one, each is a process of its own whose log is in
         `out`/logs; what is measured is measured when all have ended, one after the other.
       size, gin_files, bindings: of all methods, as `load_recipe` takes them.
+      pseudo_queries: file of `genret pseudo-queries`, for all methods that learn from such.
 
     Returns:
       The report, written to `out` too. A method that fails is in it with its reason, and does not
@@ -76,6 +78,8 @@ def compare_methods(
       Interrupted: after SIGTERM or Ctrl-C, once checkpoints are written.
     """
     settings = _settings(seeds, minutes, steps, queries, jobs, size, gin_files, bindings)
+    if pseudo_queries:
+        settings = dataclasses.replace(settings, pseudo_queries=str(pseudo_queries))
     read = corpus if isinstance(corpus, Corpus) else read_corpus(corpus)
     planned = _planned(corpus, read, Path(out), methods, seeds, splits, settings, against)
     with in_use(planned.out):

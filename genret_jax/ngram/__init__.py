@@ -29,11 +29,10 @@ from genret_jax.ngram.index import NgramIndex
 from genret_jax.ngram.scoring import Weighting
 from genret_jax.ngram.searcher import NgramRanker, NgramSearcher
 from genret_jax.ngram.settings import NgramSettings
-from genret_jax.pseudo_queries import read_pseudo_queries
 from genret_jax.vocabularies import DocidSpace, Vocabulary
 from genret_jax.weights import load_weights, save_weights
 
-GROUP = "generative"
+GROUP, PSEUDO_QUERIES = "generative", True
 _ABOUT, _IDS = "ngram.json", "ids.json"
 
 
@@ -44,9 +43,6 @@ def fit(corpus: Corpus, folder: Path, work: Any) -> dict[str, Any]:
     settings = NgramSettings(**work.settings)
     _check(work.recipe)
     split = work.split
-    if settings.pseudo_queries:
-        pseudo = read_pseudo_queries(settings.pseudo_queries, corpus)
-        split = dataclasses.replace(split, pseudo=pseudo)
     training = NgramTraining.of(corpus, split, work.recipe, settings, work.run / "index")
     result = training.train(work.run / "training", work.clock)
     curves = work.run / "training" / "curves.png"

@@ -21,8 +21,6 @@ class NgramSettings:
     unigrams: so many of the likeliest first tokens are n-grams, too; 0 for those of the beam alone.
     spans: n-grams drawn of a relevant document for each train query.
     alpha, beta, smoothing, rare, candidates: see `genret_jax.ngram.scoring`.
-    pseudo_queries: path of a file that `genret pseudo-queries` wrote; "" for none. They are
-      learned from as train queries are, and stand in the view "queries".
     """
 
     views: Sequence[str] = ("text", "title")
@@ -35,7 +33,6 @@ class NgramSettings:
     smoothing: float = 5.0
     rare: int = 1500
     candidates: int = 500
-    pseudo_queries: str = ""
 
     def __post_init__(self) -> None:
         views = list(self.views) if isinstance(self.views, list | tuple) else []
@@ -50,8 +47,6 @@ class NgramSettings:
             if type(value) not in (int, float) or not 0 <= value <= most:
                 bound = "" if most > 1 else " and at most 1"
                 raise _wrong(name, value, f"a number from 0 up{bound}")
-        if not isinstance(self.pseudo_queries, str):
-            raise _wrong("pseudo_queries", self.pseudo_queries, "a path")
 
 
 def _wrong(name: str, value: object, wanted: str) -> UserError:
