@@ -226,6 +226,17 @@ def test_budget_plans_the_steps_that_fit_and_never_jumps():
     assert plan.total == plan.step + 1
 
 
+def test_keeping_more_than_is_left_is_told(caplog):
+    clock = Clock(60.0, started=0.0, reserve=5.0, now=lambda: 20.0)
+    clock.keep(30.0, "vectors")
+    assert clock.reserve == 35.0 and not caplog.text
+    clock.keep(6.0, "vectors")
+    assert "41 s are kept for vectors: more than the budget has left" in caplog.text
+    caplog.clear()
+    Clock(None).keep(1e9, "vectors")
+    assert not caplog.text, "without a budget there is nothing to overrun"
+
+
 def test_a_run_with_a_budget_ends_whatever_its_first_measurement():
     now = [0.0]
     clock = Clock(10.0, started=0.0, reserve=1.0, now=lambda: now[0])

@@ -29,7 +29,7 @@ from genret_jax.negatives import Search, known_positives
 from genret_jax.recipe import Recipe
 from genret_jax.splitting import Split
 from genret_jax.stages.common import Materials, dev_metrics
-from genret_jax.stages.second import DocumentEncoder, Miner
+from genret_jax.stages.second import VECTORS, DocumentEncoder, Miner
 from genret_jax.training.budget import Clock
 from genret_jax.training.lexical_start import lexical_encoder
 from genret_jax.training.trainer import Evaluate, TrainResult, train
@@ -106,7 +106,7 @@ def train_dense(materials: Materials, folder: Path, clock: Clock) -> Dense:
         batches.negatives = miner.negatives(step, jax.device_get(now), drawn)
 
     if clock.seconds:
-        clock.reserve += encoder.seconds(begin())
+        clock.keep(encoder.seconds(begin()), VECTORS)
     result = train(
         model,
         batches,

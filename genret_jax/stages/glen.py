@@ -246,7 +246,10 @@ def _second_phase(
     epoch = settings.epoch_steps or max(1.0, asked / config.batch_size)
     identifier = Identifier(model, side.views.tokens, materials.index.table.labels)
     if clock.seconds:
-        clock.reserve += 1.2 * identifier.seconds(first.params)
+        clock.keep(
+            1.2 * identifier.seconds(first.params),
+            "the documents' identifiers (less: shorter ContrastiveConfig.document_length)",
+        )
     result = train(
         model,
         EpochBatches(batches, steps=epoch),

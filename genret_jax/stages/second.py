@@ -50,6 +50,9 @@ from genret_jax.training.trainer import TrainResult, train
 from genret_jax.vectors import DocumentVectors
 
 log = logging.getLogger(__name__)
+VECTORS = (
+    "the documents' vectors (less: fewer ContrastiveConfig.pieces or ContrastiveConfig.queries)"
+)
 _ENCODE = 64  # views encoded at a time
 _DEV_VIEWS = 32  # of each kind, of a document, while parameters are compared
 _MOST_DEV_VIEWS = 50_000  # of all documents together
@@ -115,14 +118,9 @@ def train_ranking(materials: Materials, params: Params, folder: Path, clock: Clo
 
     encoder, ranker = DocumentEncoder(materials, side), materials.ranker()
     if clock.seconds:
-        clock.reserve += encoder.seconds(params)
-        clock.reserve += seconds_to_fit(materials, params, encoder, ranker)
-        if clock.elapsed + clock.reserve > clock.seconds:
-            log.warning(
-                "the documents' vectors take %.0f s alone, more than is left; give more minutes "
-                "or fewer views (ContrastiveConfig.pieces, ContrastiveConfig.queries)",
-                clock.reserve,
-            )
+        vectors = encoder.seconds(params)
+        vectors += seconds_to_fit(materials, params, encoder, ranker)
+        clock.keep(vectors, VECTORS)
     evaluate = dev_evaluation(materials, encoder, ranker)
     result = train(
         ranking_model(config, materials.model, prefix_negatives=counts[0]),

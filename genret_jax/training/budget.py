@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from collections.abc import Callable
 
@@ -11,6 +12,8 @@ import numpy as np
 from genret_jax.errors import UserError
 from genret_jax.indexing import NO_DOCIDS
 from genret_jax.recipe import Recipe
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass
@@ -75,6 +78,21 @@ class Clock:
     @property
     def elapsed(self) -> float:
         return self._before + self._now() - self._started
+
+    def keep(self, seconds: float, what: str) -> None:
+        """Keeps more for what follows the training, and warns where that is more than is left.
+
+        Args:
+          seconds: that it takes.
+          what: it is, and what makes it less, for the warning.
+        """
+        self.reserve += seconds
+        if self.seconds is not None and self.elapsed + self.reserve > self.seconds:
+            log.warning(
+                "%.0f s are kept for %s: more than the budget has left; it will be overrun",
+                self.reserve,
+                what,
+            )
 
     def plan(self, plan: Plan, *, step_seconds: float, other_seconds: float) -> None:
         """Sets `plan.total` so that the run ends within the budget.
