@@ -202,7 +202,7 @@ def add_compare_options(command: argparse.ArgumentParser) -> None:
         metavar="A",
         help="one of --methods that all others are tested against, besides the best baseline",
     )
-    _add_pseudo_queries(command, "those methods learn from these, too, that can")
+    _add_pseudo_queries(command, "of one collection: methods that can learn from these, too")
     add_gin_options(command)
 
 

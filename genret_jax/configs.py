@@ -79,7 +79,8 @@ class DataConfig:
         decides: 8 / (8 + p), but between 0.3 and 0.7, because few queries a document are soon
         learnt by heart and pieces of the text are what is left to learn from.
       title_share, frame_share, word_dropout: see `genret_jax.data.tasks.register`.
-      pseudo_share: share of pseudo-queries among the queries learned from, where some are given.
+      pseudo_share: share of pseudo-queries among the queries that docids are learned from, where
+        some are given; methods of n-grams learn from both alike.
       indexing_passes: pieces drawn of each document, for the whole training, at most.
       input_length: encoder tokens; 0 lets the train queries decide (99 % of them fit).
       dev_queries: queries of an evaluation during training, at most.

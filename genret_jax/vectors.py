@@ -185,10 +185,12 @@ class DocumentVectors:
         return self.rows(slice(None))
 
     def rows(self, rows: Int[np.ndarray, " n"] | slice) -> Float32[np.ndarray, "n embed"]:
-        """The vectors of some views, as float32."""
+        """The vectors of some views, as float32; of a slice it may be the array itself."""
         found = np.asarray(self.values[rows])
         if self.scales is not None:
-            return found.astype(np.float32) * self.scales[rows][:, None]
+            found = found.astype(np.float32)
+            found *= self.scales[rows][:, None]
+            return found
         if found.dtype == np.int16:
             return found.view(ml_dtypes.bfloat16).astype(np.float32)
         return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -107,6 +108,12 @@ def test_a_problem_that_does_not_fit_is_a_row_and_loses_no_other(monkeypatch, ca
     assert (rows[1]["peer"], rows[1]["beam"], rows[1]["error"]) == ("ours", 4, "RESOURCE_EXHAUSTED")
 
 
+_WATCHES = pytest.mark.skipif(
+    not os.access("/proc/self/clear_refs", os.W_OK), reason="reads Linux's /proc"
+)
+
+
+@_WATCHES
 def test_a_made_corpus_is_answerable_and_the_peaks_are_of_its_methods(tmp_path):
     corpus = large_corpus.made_corpus(40, train=30, test=6)
     texts = {document.id: document.text.split() for document in corpus.documents}
@@ -144,6 +151,7 @@ def test_a_suffix_array_finds_what_the_trie_finds(beam):
     assert np.isfinite(trie).all()
 
 
+@_WATCHES
 def test_each_phase_has_its_own_peak():
     """A process that holds 200 MB for a while, and then none of it."""
     code = (

@@ -315,11 +315,14 @@ def test_pseudo_queries_are_for_those_that_learn_from_them(
     for file, text in zip(files, ("stings", "honey"), strict=True):
         write_pseudo_queries([PseudoQuery("bees", text, -1.0)], file)
         assert main([*arguments, "--pseudo-queries", str(file)]) == 1
-        changed = {method for method in asked if asked[method] != before[method]}
+        changed = {method for method in asked if asked[method][0] != before[method][0]}
         assert changed == {"dsi", "minder"}, "others would make what they have made"
-        assert {asked[method][1] for method in changed} == {str(file)}
-        before |= {method: (asked[method][0], None) for method in changed}
-    assert "pseudo-queries for all that take them" in (tmp_path / "out/comparison.md").read_text()
+        assert {method for method in asked if asked[method][1] == str(file)} == changed
+        before = dict(asked)
+    shutil.copyfile(files[1], tmp_path / "three.jsonl")
+    assert main([*arguments, "--pseudo-queries", str(tmp_path / "three.jsonl")]) == 1
+    assert all(asked[method][0] == before[method][0] for method in asked), "the same content"
+    assert "pseudo-queries for dsi, minder, seed" in (tmp_path / "out/comparison.md").read_text()
     settings = bench.Settings(pseudo_queries="p")
     assert "--pseudo-queries=p" in settings.command("dsi", 0)
     assert "--pseudo-queries=p" not in settings.command("dense", 0)
@@ -329,6 +332,9 @@ def test_pseudo_queries_are_for_those_that_learn_from_them(
         main(["compare", str(collection), str(tmp_path), *arguments[2:], "--pseudo-queries=p"]) == 2
     )
     assert "--pseudo-queries are of one collection" in capsys.readouterr().err
+    lexical = command(collection, tmp_path / "out", ["bm25", "dense"])
+    assert main([*lexical, "--pseudo-queries", str(files[0])]) == 2
+    assert "none of --methods learns from them" in capsys.readouterr().err
 
 
 def test_a_budget_of_steps_is_that_of_all_stages(collection, tmp_path, pretended):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from tiny import FAST, tiny_corpus
 
-from genret_jax import Retriever, UserError
+from genret_jax import Retriever, UserError, ranking
 from genret_jax.cli import main
 from genret_jax.configs import DataConfig
 from genret_jax.corpus import Document, read_run, write_corpus
@@ -155,6 +155,25 @@ def test_generation_is_the_teacher_forced_log_probability(run):
             retriever.params, jnp.asarray(tokens), jnp.asarray(row)[None]
         )
         assert float(score[0]) == pytest.approx(hit.generation, abs=1e-4)
+
+
+def test_smaller_batches_find_the_same(run, monkeypatch):
+    retriever = Retriever.load(run)
+    queries = [f"bread and {word}" for word in ("roofs", "honey", "keys", "maps", "teeth")]
+    found = retriever.search(queries, k=8)
+    monkeypatch.setattr(ranking, "_LOGIT_BYTES", 1)
+    sizes, encode_batch = [], type(retriever.ranker.vocabulary).encode_batch
+
+    def noted(vocabulary, texts, length):
+        sizes.append(len(texts))
+        return encode_batch(vocabulary, texts, length)
+
+    monkeypatch.setattr(type(retriever.ranker.vocabulary), "encode_batch", noted)
+    again = retriever.search(queries, k=8)
+    assert sizes == [1] * 5
+    for one, other in zip(found, again, strict=True):
+        assert [hit.document for hit in one] == [hit.document for hit in other]
+        np.testing.assert_allclose([h.score for h in one], [h.score for h in other], atol=1e-5)
 
 
 def test_evaluate(run, collection, capsys, tmp_path):

@@ -237,6 +237,16 @@ def run(collection, tmp_path_factory):
     return out
 
 
+def test_other_pseudo_queries_are_another_run(run, collection):
+    with pytest.raises(UserError, match="a run of another"):
+        fit_method(collection, recipe=_recipe(), out=run)
+    file = run.parent / "others.jsonl"
+    write_pseudo_queries([PseudoQuery("bees", "stings", -3.0)], file)
+    with pytest.raises(UserError, match="a run of another"):
+        fit_method(collection, recipe=_recipe(), out=run, pseudo_queries=file)
+    fit_method(collection, recipe=_recipe(), out=run, pseudo_queries=run.parent / "pseudo.jsonl")
+
+
 @pytest.fixture(scope="module")
 def fitted(run):
     return open_searcher(run)

@@ -96,12 +96,18 @@ class Settings:
         """The file of pseudo-queries, where a method learns from them."""
         return self.pseudo_queries if takes_pseudo_queries(recipe) else None
 
-    def text(self) -> str:
-        """The budget, for people, and what else the methods are given."""
+    def learners(self, methods: Sequence[Method]) -> list[str]:
+        """Those that are given the pseudo-queries."""
+        alone = [m.name for m in methods if not m.parts]
+        return [name for name in alone if self.pseudo_of(self.recipe(name, 0))]
+
+    def text(self, methods: Sequence[Method]) -> str:
+        """The budget, for people, and what else some of the methods are given."""
         found = f"{self.minutes:g} min a training" if self.minutes else "the recipes' steps"
         if self.steps is not None:
             found = f"{self.steps} steps a training"
-        return f"{found}, pseudo-queries for all that take them" if self.pseudo_queries else found
+        learners = ", ".join(self.learners(methods))
+        return f"{found}, pseudo-queries for {learners}" if learners else found
 
 
 def _seed(seed: int) -> str:

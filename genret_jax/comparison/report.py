@@ -132,8 +132,11 @@ class Report:
     def notes(self) -> list[str]:
         """What the numbers are, a paragraph each."""
         spread = "mean ± standard deviation over seeds" if len(self.seeds) > 1 else "of one seed"
-        there = any(self.against in tests for tests in self.tests.values())
+        others = [s for s in self.tables if self.against not in (None, self.best_baseline(s))]
+        there = any(self.against in self.tests[split] for split in others)
         chosen = f" and against {self.against}" if there else ""
+        if others and not there:
+            chosen = f" (not against {self.against}, which failed)"
         return [
             f"Quality is {spread}. Index: bytes on disk that ranking reads (weights, identifiers, "
             "vectors, postings; not the documents' texts). Minutes: of the whole fit, indexing "

@@ -67,7 +67,8 @@ def compare_methods(
       jobs: trainings at a time. With more than one, each is a process of its own whose log is in
         `out`/logs; what is measured is measured when all have ended, one after the other.
       size, gin_files, bindings: of all methods, as `load_recipe` takes them.
-      pseudo_queries: file of `genret pseudo-queries`, for all methods that learn from such.
+      pseudo_queries: file of `genret pseudo-queries`, for all methods that learn from such; what
+        was measured without them, or with others, is not kept for these.
 
     Returns:
       The report, written to `out` too. A method that fails is in it with its reason, and does not
@@ -191,7 +192,7 @@ class _Planned:
             queries={split: len(self.bench.asked(split)) for split in self.splits},
             judged={split: len(self.corpus.qrels[split]) for split in self.splits},
             seeds=self.seeds,
-            budget=self.settings.text(),
+            budget=self.settings.text(self.chosen),
             against=self.against,
             also_failed={
                 f"{row.name}, {split}": why
@@ -226,6 +227,8 @@ def _planned(
         raise UserError(f"--against {against!r} is not among --methods; name it there, too")
     if any(m.rule == "weighted" for m in chosen) and not corpus.qrels.get(DEV):
         raise UserError("weighted:A:B fits its weights on dev, and there is no qrels/dev.tsv")
+    if settings.pseudo_queries and not settings.learners(chosen):
+        raise UserError("--pseudo-queries: none of --methods learns from them; leave it out")
     bench = Bench(given, corpus, out, settings)
     by_name = {method.name: method for method in chosen}
     cells: dict[tuple[str, int | None, str], Cell] = {}

@@ -21,7 +21,7 @@ from genret_jax.modeling.model import Params, RetrievalModel
 from genret_jax.ngram.index import NgramIndex
 from genret_jax.ngram.scoring import Found, Weighting, score_documents
 from genret_jax.ngram.settings import VIEWS
-from genret_jax.ranking import BATCH_SIZES
+from genret_jax.ranking import batch_sizes
 from genret_jax.vocabularies import Vocabulary
 
 
@@ -71,9 +71,10 @@ class NgramRanker:
     def ngrams(self, params: Params, queries: Sequence[str], view: str) -> list[Found]:
         """The n-grams of a view that are generated for each query."""
         out: list[Found] = []
-        for start in range(0, len(queries), BATCH_SIZES[-1]):
-            chunk = queries[start : start + BATCH_SIZES[-1]]
-            size = next(n for n in BATCH_SIZES if len(chunk) <= n)
+        sizes = batch_sizes(self.beam, self.model.docids.size)
+        for start in range(0, len(queries), sizes[-1]):
+            chunk = queries[start : start + sizes[-1]]
+            size = next(n for n in sizes if len(chunk) <= n)
             tokens = np.pad(self._encoded(chunk, view), ((0, size - len(chunk)), (0, 0)))
             result = jax.device_get(self._search(params, tokens, self._tries[view]))
             found = [self._found(result, i, self.views[view]) for i in range(len(chunk))]

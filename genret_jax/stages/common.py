@@ -52,7 +52,7 @@ def retrieval_model(recipe: Recipe, index: Index) -> RetrievalModel:
 
 
 def compile_search(ranker: Ranker, params: Params, queries: Iterable[str], beam: int) -> None:
-    """Searches for a few of the queries, one batch of every size that all of them need."""
+    """Searches for a few of the queries: those of a batch of every size that all of them need."""
     texts, most = list(queries), BATCH_SIZES[-1]
     for start in {0, len(texts) - len(texts) % most}:  # where they are few, both are one
         ranker.candidates(params, texts[start : start + most], beam=beam)

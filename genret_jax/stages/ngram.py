@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 _TASKS = "genret_ngram"
 _MOST_EXAMPLES = 400_000  # of a task, read before training begins: two minutes of a CPU
 _DEV_DEPTH = 100
-_CHUNK = 1024  # documents whose tokens are a Python list at a time
+_CHUNK = 1024  # texts whose tokens are a Python list at a time
 _START_EXAMPLES = 100_000  # that the start is counted from
 
 
@@ -95,7 +95,10 @@ class NgramTraining:
                 # A query of several relevant documents is a text of each, and once of each.
                 pairs = dict.fromkeys(self.materials.split.all_pairs)
                 ordered = sorted(pairs, key=lambda pair: pair[1])
-                texts = Ragged.of([vocabulary.encode(query) for query, _ in ordered])
+                texts = Ragged.of_chunks(
+                    [vocabulary.encode(query) for query, _ in ordered[i : i + _CHUNK]]
+                    for i in range(0, len(ordered), _CHUNK)
+                )
                 owners = np.array([position for _, position in ordered], np.int32)
             elif view == "title":
                 texts, owners = examples.titles, everyone

@@ -89,8 +89,9 @@ class Clock:
         self.reserve += seconds
         if self.seconds is not None and self.elapsed + self.reserve > self.seconds:
             log.warning(
-                "%.0f s are kept for %s: more than the budget has left; it will be overrun",
-                self.reserve,
+                "%.0f s are kept for %s: more than is left; give more minutes, or the budget "
+                "will be overrun",
+                seconds,
                 what,
             )
 
