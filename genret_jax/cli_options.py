@@ -178,7 +178,10 @@ def add_compare_options(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--minutes", type=float, help="that each method may take to be trained")
     command.add_argument(
-        "--steps", type=int, help="instead: that each is trained for, all its stages together"
+        "--steps",
+        type=int,
+        help="instead: that each is trained for, all its stages together; without either, those of "
+        "its gin file, which take hours on a CPU",
     )
     _add_jobs(command)
     _add_seeds(command, "every method that is trained is trained with each")

@@ -78,7 +78,7 @@ def test_report_by_hand(tmp_path):
 def test_a_row_may_be_tested_against_besides_the_best_baseline():
     report = dataclasses.replace(made(), against="dogr")
     assert "(each" in made().notes()[1] and "against dogr" not in made().notes()[1]
-    assert "write no docids and against dogr (each" in report.notes()[1]
+    assert "lexical and dense methods and against dogr (each" in report.notes()[1]
     assert list(report.tests["test"]) == ["dense", "dogr"]
     assert report.tests["test"]["dense"] == made().tests["test"]["dense"], "as without it"
     values = {row.name: row.per_query for row in report.tables["test"] if row.measured}

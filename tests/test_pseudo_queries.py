@@ -377,6 +377,7 @@ def test_the_file_gives_its_pairs_back(tmp_path):
         ('{"_id": "a", "text": "x"}', "p.jsonl:2: no field 'document'"),
         ('{"_id": "a", "text": "x", "document": "no"}', "document 'no' is not in corpus 'tiny'"),
         ('{"_id": "0", "text": "x", "document": "bees"}', "is also at line 1"),
+        ('{"_id": "a", "text": " ", "document": "bees"}', "p.jsonl:2: the query has no words"),
     ],
 )
 def test_broken_files_are_named_by_their_line(line, message, tmp_path):

@@ -143,7 +143,7 @@ class Report:
             "included. Queries/s: these queries in batches; p50 and p95 ms: queries asked one by "
             "one, after warming up; a hybrid asks its parts one after the other.",
             "p is two-sided, of the paired randomisation test over queries against the best by "
-            f"{CHOOSES} of the methods that write no docids{chosen} (each query's values averaged "
+            f"{CHOOSES} of the lexical and dense methods{chosen} (each query's values averaged "
             "over seeds first), corrected by Holm over the rows of its column; the t-test and the "
             "uncorrected values are in comparison.json and comparison.csv. It says what another "
             "choice of queries might change, not another seed.",

@@ -61,7 +61,8 @@ def read_pseudo_queries(path: str | os.PathLike[str], corpus: Corpus) -> list[tu
 
     Raises:
       UserError: naming file and line: what `read_records` raises, an id given twice, no field
-        "document", or a document that the corpus lacks; or a file without queries.
+        "document", a document that the corpus lacks, or a query without words; or a file without
+        queries.
     """
     path = Path(path)
     ids, pairs = Ids(), []
@@ -70,14 +71,16 @@ def read_pseudo_queries(path: str | os.PathLike[str], corpus: Corpus) -> list[tu
         document = record.get("document")
         if not isinstance(document, str):
             raise UserError(
-                f"{place(path, line)}: no field 'document' with the id of a document; make the "
-                "file with `genret pseudo-queries CORPUS --out FILE`"
+                f"{place(path, line)}: no field 'document' with the id of a document; each line "
+                "needs _id, text and document, as `genret pseudo-queries` writes them"
             )
         if document not in corpus.index:
             raise UserError(
                 f"{place(path, line)}: document {shown(document)} is not in corpus "
                 f"{corpus.name!r}; give the pseudo-queries of this corpus"
             )
+        if not record["text"].strip():
+            raise UserError(f"{place(path, line)}: the query has no words; leave the line out")
         pairs.append((record["text"], corpus.index[document]))
     if not pairs:
         raise UserError(f"{path}: no pseudo-queries in it; make some, or leave it out")
