@@ -17,15 +17,17 @@ import dataclasses
 import functools
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Int, UInt
 
-from genret_jax.data.examples import Ragged
 from genret_jax.errors import UserError
 from genret_jax.trie import Trie, lexicographic_order, token_type, trie_of_sorted
 from genret_jax.vocabularies import EOS, PAD, UNK
+
+if TYPE_CHECKING:  # what searches needs nothing of training
+    from genret_jax.data.examples import Ragged
 
 _ABOUT, _FORMAT = "ngrams.json", 1
 
