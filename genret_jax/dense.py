@@ -29,7 +29,7 @@ from genret_jax.errors import UserError
 from genret_jax.indexing import NO_DOCIDS
 from genret_jax.modeling.layers import T5Config
 from genret_jax.modeling.model import Params, RetrievalModel
-from genret_jax.ranking import BATCH_SIZES
+from genret_jax.ranking import BATCH_SIZES, batched
 from genret_jax.vectors import DocumentVectors
 from genret_jax.vocabularies import Vocabulary
 from genret_jax.weights import load_weights, save_weights
@@ -151,12 +151,9 @@ class QueryEncoder:
         self, params: Params, queries: Sequence[str]
     ) -> Float32[np.ndarray, "queries embed"]:
         parts = [np.zeros((0, self.model.config.embed_dim), np.float32)]
-        for start in range(0, len(queries), BATCH_SIZES[-1]):
-            chunk = queries[start : start + BATCH_SIZES[-1]]
-            tokens = self.vocabulary.encode_batch(chunk, self.input_length)
-            size = next(n for n in BATCH_SIZES if len(chunk) <= n)
-            tokens = np.pad(tokens, ((0, size - len(chunk)), (0, 0)))
-            vectors = np.asarray(self._encode(params, tokens), np.float32)[: len(chunk)]
+        encode = functools.partial(self.vocabulary.encode_batch, length=self.input_length)
+        for count, tokens in batched(queries, encode):
+            vectors = np.asarray(self._encode(params, tokens), np.float32)[:count]
             parts.append(unit_length(vectors) if self.similarity == "cosine" else vectors)
         return np.concatenate(parts)
 

@@ -32,7 +32,7 @@ from genret_jax.errors import UserError
 from genret_jax.modeling.glen import GlenModel
 from genret_jax.modeling.layers import T5Config
 from genret_jax.modeling.model import Params, RetrievalModel
-from genret_jax.ranking import batch_sizes
+from genret_jax.ranking import batch_sizes, batched
 from genret_jax.trie import Trie, build_trie
 from genret_jax.vocabularies import Vocabulary
 from genret_jax.weights import load_weights, save_weights
@@ -120,16 +120,11 @@ class GlenRanker:
         beam = min(beam, len(learned.weights))
         out: list[tuple[np.ndarray, np.ndarray]] = []
         sizes = batch_sizes(beam, self.model.model.docids.size)
-        for start in range(0, len(queries), sizes[-1]):
-            chunk = queries[start : start + sizes[-1]]
-            tokens = self.vocabulary.encode_batch(chunk, self.input_length)
-            size = next(n for n in sizes if len(chunk) <= n)
-            tokens = np.pad(tokens, ((0, size - len(chunk)), (0, 0)))
+        encode = functools.partial(self.vocabulary.encode_batch, length=self.input_length)
+        for count, tokens in batched(queries, encode, sizes):
             found, weights = self._search(params, tokens, trie, beam=beam)
             rows, scores, weights = (np.asarray(x) for x in (found.row, found.scores, weights))
-            out += [
-                self._members(rows[i], scores[i], weights[i], learned, k) for i in range(len(chunk))
-            ]
+            out += [self._members(rows[i], scores[i], weights[i], learned, k) for i in range(count)]
         return out
 
     def _members(

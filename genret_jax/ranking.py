@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -87,6 +87,27 @@ def batch_sizes(hypotheses: int, docid_tokens: int) -> tuple[int, ...]:
     """
     fitting = [n for n in BATCH_SIZES if 4 * n * hypotheses * docid_tokens <= _LOGIT_BYTES]
     return tuple(fitting) or BATCH_SIZES[:1]
+
+
+def batched(
+    queries: Sequence[str],
+    encode: Callable[[Sequence[str]], Int[np.ndarray, "some length"]],
+    sizes: Sequence[int] = BATCH_SIZES,
+) -> Iterator[tuple[int, Int[np.ndarray, "size length"]]]:
+    """Batches of queries as tokens, each filled up with rows of padding to one of the sizes.
+
+    Args:
+      queries: texts.
+      encode: makes tokens of some of them.
+      sizes: ascending.
+
+    Yields:
+      How many queries are in the batch, and its tokens.
+    """
+    for start in range(0, len(queries), sizes[-1]):
+        chunk = queries[start : start + sizes[-1]]
+        size = next(n for n in sizes if len(chunk) <= n)
+        yield len(chunk), np.pad(encode(chunk), ((0, size - len(chunk)), (0, 0)))
 
 
 class _Programs(NamedTuple):
@@ -202,11 +223,8 @@ class Ranker:
             trie = self.trie.restricted(trie, self.trie.rows_with(allowed))
         # Identifiers of one token are written by the root alone, whatever the beam.
         sizes = batch_sizes(beam if self.trie.max_length > 1 else 1, self.model.docids.size)
-        for start in range(0, len(queries), sizes[-1]):
-            chunk = queries[start : start + sizes[-1]]
-            tokens = self.vocabulary.encode_batch(chunk, self.input_length)
-            size = next(n for n in sizes if len(chunk) <= n)
-            tokens = np.pad(tokens, ((0, size - len(chunk)), (0, 0)))
+        encode = functools.partial(self.vocabulary.encode_batch, length=self.input_length)
+        for count, tokens in batched(queries, encode, sizes):
             ahead = None
             if look_ahead is not None:
                 query = self._compared(self._programs.embed(params, tokens))
@@ -214,7 +232,7 @@ class Ranker:
             result, query = self._programs.search(params, tokens, trie, beam=beam, look_ahead=ahead)
             rows, scores = np.asarray(result.row), np.asarray(result.scores)
             query = self._compared(query)
-            out += [self._reached(rows[i], scores[i], query[i], allowed) for i in range(len(chunk))]
+            out += [self._reached(rows[i], scores[i], query[i], allowed) for i in range(count)]
         return out
 
     def _compared(self, vectors: Any) -> Float32[np.ndarray, "queries embed"]:

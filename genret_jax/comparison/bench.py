@@ -94,11 +94,12 @@ class Settings:
 
     def pseudo_of(self, recipe: Recipe) -> str | None:
         """The file of pseudo-queries, where a method learns from them."""
-        return self.pseudo_queries if takes_pseudo_queries(recipe) else None
+        takes = self.pseudo_queries and takes_pseudo_queries(recipe)
+        return self.pseudo_queries if takes else None
 
     def learners(self, methods: Sequence[Method]) -> list[str]:
         """Those that are given the pseudo-queries."""
-        alone = [m.name for m in methods if not m.parts]
+        alone = [m.name for m in methods if not m.parts and self.pseudo_queries]
         return [name for name in alone if self.pseudo_of(self.recipe(name, 0))]
 
     def text(self, methods: Sequence[Method]) -> str:

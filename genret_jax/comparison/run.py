@@ -78,9 +78,9 @@ def compare_methods(
       UserError: a mistake in what is given, found before anything is trained.
       Interrupted: after SIGTERM or Ctrl-C, once checkpoints are written.
     """
-    settings = _settings(seeds, minutes, steps, queries, jobs, size, gin_files, bindings)
-    if pseudo_queries:
-        settings = dataclasses.replace(settings, pseudo_queries=str(pseudo_queries))
+    settings = _settings(
+        seeds, minutes, steps, queries, jobs, size, gin_files, bindings, pseudo_queries
+    )
     read = corpus if isinstance(corpus, Corpus) else read_corpus(corpus)
     planned = _planned(corpus, read, Path(out), methods, seeds, splits, settings, against)
     with in_use(planned.out):
@@ -152,13 +152,16 @@ def _settings(
     size: str | None,
     gin_files: Sequence[str | Path],
     bindings: Sequence[str],
+    pseudo_queries: str | Path | None = None,
 ) -> Settings:
     check_budget(steps, minutes)
     check_settings(seeds, minutes)
     check_jobs(jobs)
     if queries is not None and (type(queries) is not int or queries < 1):
         raise UserError(f"queries of a split must be a whole number from 1, found {queries}")
-    return Settings(minutes, steps, queries, size, tuple(map(str, gin_files)), tuple(bindings))
+    files, lines = tuple(map(str, gin_files)), tuple(bindings)
+    pseudo = str(pseudo_queries) if pseudo_queries else None
+    return Settings(minutes, steps, queries, size, files, lines, pseudo)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,7 @@ from genret_jax.modeling.model import Params, RetrievalModel
 from genret_jax.ngram.index import NgramIndex
 from genret_jax.ngram.scoring import Found, Weighting, score_documents
 from genret_jax.ngram.settings import VIEWS
-from genret_jax.ranking import batch_sizes
+from genret_jax.ranking import batch_sizes, batched
 from genret_jax.vocabularies import Vocabulary
 
 
@@ -72,12 +72,9 @@ class NgramRanker:
         """The n-grams of a view that are generated for each query."""
         out: list[Found] = []
         sizes = batch_sizes(self.beam, self.model.docids.size)
-        for start in range(0, len(queries), sizes[-1]):
-            chunk = queries[start : start + sizes[-1]]
-            size = next(n for n in sizes if len(chunk) <= n)
-            tokens = np.pad(self._encoded(chunk, view), ((0, size - len(chunk)), (0, 0)))
+        for count, tokens in batched(queries, lambda some: self._encoded(some, view), sizes):
             result = jax.device_get(self._search(params, tokens, self._tries[view]))
-            found = [self._found(result, i, self.views[view]) for i in range(len(chunk))]
+            found = [self._found(result, i, self.views[view]) for i in range(count)]
             if self.unigrams and not self.views[view].whole:
                 first = np.asarray(self._first(params, tokens))
                 found = [self._with_unigrams(f, first[i], view) for i, f in enumerate(found)]
