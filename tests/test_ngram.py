@@ -24,9 +24,9 @@ from genret_jax.ngram.index import NgramIndex
 from genret_jax.ngram.scoring import (
     Found,
     Weighting,
-    document_score,
+    document_terms,
     ngram_weights,
-    score_documents,
+    sum_documents,
 )
 from genret_jax.ngram.settings import NgramSettings
 from genret_jax.pseudo_queries import PseudoQuery, write_pseudo_queries
@@ -128,6 +128,11 @@ def test_a_weight_by_hand():
     assert np.isfinite(extremes).all() and extremes[0] > 0 == extremes[1]
 
 
+def document_score(found, ngrams, weights, beta=0.8):
+    terms = document_terms(found, ngrams, weights, beta=beta)
+    return sum(weights[ngram] * factor for ngram, factor in terms)
+
+
 def test_a_score_by_hand():
     ngrams, weights = [(3, 4), (4, 5), (5, 3), (6,)], [8.0, 4.0, 2.0, 1.0]
     # 3 4 5 6 5 3: (4, 5) overlaps (3, 4); (5, 3) at the end does not, and has one new token.
@@ -190,12 +195,14 @@ def test_scores_of_documents_are_those_of_plain_loops(texts, seed, rare):
     begin, end = np.array([range_of(index, ngram) for ngram in ngrams]).T
     found = Found(begin, end, np.array([len(ngram) for ngram in ngrams]), log_p)
     weighting = Weighting(alpha=1.5, beta=0.7, smoothing=1.0, rare=rare)
-    documents, scores = score_documents(found, index, weighting)
+    sums = sum_documents(found, index, weighting)
+    documents, scores = sums.documents, sums.scores
     expected = brute_scores(texts, owners, ngrams, log_p.tolist(), weighting)
     assert dict(zip(documents.tolist(), scores.tolist(), strict=True)) == pytest.approx(expected)
     assert documents.tolist() == sorted(expected)
     # Of fewer candidates there are those of the highest sums.
-    few, best = score_documents(found, index, dataclasses.replace(weighting, candidates=1))
+    sums = sum_documents(found, index, dataclasses.replace(weighting, candidates=1))
+    few, best = sums.documents, sums.scores
     assert len(few) == min(1, len(expected))
     if len(few):
         assert best[0] == pytest.approx(expected[int(few[0])])
@@ -301,13 +308,13 @@ def test_what_is_generated_occurs_and_has_the_models_probability(fitted, view):
     assert len(set(ngrams)) == len(ngrams)
     if view != "title":  # the likeliest first tokens are there, though the beam is one of five
         alone = np.unique([token for text in texts for token in text])
-        queries = np.repeat(ranker._encoded([QUERY], view), len(alone), axis=0)
+        queries = np.repeat(ranker.encoded([QUERY], view), len(alone), axis=0)
         log_p = np.asarray(SCORE(ranker.model)(searcher.params, queries, alone[:, None]))
         likeliest = {(int(token),) for token in alone[np.argsort(-log_p)][:4]}
         assert likeliest <= set(ngrams)
         without = dataclasses.replace(ranker, unigrams=0).ngrams(searcher.params, [QUERY], view)
         assert len(without[0]) <= len(found)
-    tokens = np.repeat(ranker._encoded([QUERY], view), len(rows), axis=0)
+    tokens = np.repeat(ranker.encoded([QUERY], view), len(rows), axis=0)
     expected = SCORE(ranker.model)(searcher.params, tokens, np.array(rows, np.int32))
     np.testing.assert_allclose(found.log_p, expected, atol=1e-4)
 

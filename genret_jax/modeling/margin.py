@@ -26,20 +26,21 @@ def margin_rank(
     *,
     margin: float,
     drawn_margin: float,
+    drawn_positive: Float[Array, " batch"] | None = None,
     top_mask: Bool[Array, " batch"] | None = None,
     drawn_mask: Bool[Array, " batch"] | None = None,
 ) -> LossOutput:
-    """0.5 * mean max(0, s(top) - s(p) + m) + 0.5 * mean max(0, s(drawn) - s(p) + m').
+    """0.5 * mean max(0, s(top) - s(p) + m) + 0.5 * mean max(0, s(drawn) - s(p') + m').
 
-    The published form has two positives as well, the best-ranked one and a drawn one; here both
-    terms have the example's own, which is drawn among those of the query. A row that keeps its
-    margins passes no gradient. Each mean is over the rows that have such a negative.
+    A row that keeps its margins passes no gradient. Each mean is over the rows that have such a
+    negative.
 
     Args:
-      positive: scores of documents that answer.
+      positive: scores of documents that answer: published is the best-ranked one.
       top: of the best-ranked document that does not.
       drawn: of a random one among those ranked that do not.
       margin, drawn_margin: m and m'.
+      drawn_positive: s(p'), of a random document that answers; s(p) by default.
       top_mask, drawn_mask: False where there is no such negative.
 
     Returns:
@@ -52,9 +53,11 @@ def margin_rank(
       0.5
     """
     terms = []
-    for score, mask, by in ((top, top_mask, margin), (drawn, drawn_mask, drawn_margin)):
-        usable = jnp.ones(positive.shape, bool) if mask is None else mask
-        lacking = jnp.where(usable, jax.nn.relu(score - positive + by), 0.0)
+    other = positive if drawn_positive is None else drawn_positive
+    pairs = (positive, top, top_mask, margin), (other, drawn, drawn_mask, drawn_margin)
+    for right, wrong, mask, by in pairs:
+        usable = jnp.ones(right.shape, bool) if mask is None else mask
+        lacking = jnp.where(usable, jax.nn.relu(wrong - right + by), 0.0)
         terms.append((lacking, jnp.maximum(usable.sum(), 1), usable.sum()))
     loss = sum(0.5 * lacking.sum() / count for lacking, count, _ in terms)
     violations = (terms[0][0] > 0).sum() / terms[0][1]

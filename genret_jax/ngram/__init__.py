@@ -1,5 +1,7 @@
 """Method `ngram`: every n-gram of a document identifies it (SEAL), in several views (MINDER).
 
+Where ContrastiveConfig.rank is above 0, a second stage learns to rank (LTRGR).
+
 A T5 writes text pieces inside a trie of all n-grams of the corpus. All prefixes that its beam holds
 are n-grams; their log p and frequency give them weights, and documents are ranked by the weights
 of the n-grams that stand in them (Bevilacqua et al., NeurIPS 2022; Li et al., ACL 2023).
@@ -39,13 +41,21 @@ _ABOUT, _IDS = "ngram.json", "ids.json"
 def fit(corpus: Corpus, folder: Path, work: Any) -> dict[str, Any]:
     """Trains the model and writes it with the n-grams; see `genret_jax.searchers`."""
     from genret_jax.stages.ngram import NgramTraining  # brings SeqIO
+    from genret_jax.stages.ngram_margin import learn_to_rank
 
     settings = NgramSettings(**work.settings)
     _check(work.recipe)
     split = work.split
     training = NgramTraining.of(corpus, split, work.recipe, settings, work.run / "index")
-    result = training.train(work.run / "training", work.clock)
-    curves = work.run / "training" / "curves.png"
+    second, ranking, before = work.recipe.contrastive, {}, 0
+    with work.clock.without(second.share if second.rank else 0.0, "learning to rank"):
+        result = training.train(work.run / "training", work.clock)
+    if second.rank:
+        before = result.steps
+        ranking["first_stage"] = {"steps": result.steps, "dev": result.dev}
+        result, about = learn_to_rank(training, result.params, work.run / "ranking", work.clock)
+        ranking["second_stage"] = about
+    curves = work.run / ("ranking" if ranking else "training") / "curves.png"
     if curves.exists():
         shutil.copyfile(curves, work.run / "curves.png")
     for name in ("spiece.model", "vocabulary.json"):
@@ -72,10 +82,11 @@ def fit(corpus: Corpus, folder: Path, work: Any) -> dict[str, Any]:
             "pairs": len(split.pairs),
             "pseudo_queries": len(split.pseudo),
             "dev_queries": len(split.dev_queries),
-            "steps": result.steps,
-            "best_step": result.best_step,
+            "steps": before + result.steps,
+            "best_step": before + result.best_step,
         },
         "ngrams": {view: index.report() for view, index in ranker.views.items()},
+        **ranking,
     }
 
 
@@ -117,10 +128,10 @@ def _check(recipe: Any) -> None:
         ("DataConfig.pseudo_share", recipe.data.pseudo_share, DataConfig().pseudo_share),
         ("ContrastiveConfig.prefix", recipe.contrastive.prefix, 0),
         ("ContrastiveConfig.retrieval", recipe.contrastive.retrieval, 0),
-        ("ContrastiveConfig.rank", recipe.contrastive.rank, 0),
+        ("ContrastiveConfig.refresh_every", recipe.contrastive.refresh_every, 0),
     ):
         if found != wanted:
             raise UserError(
-                f"method {recipe.method} writes n-grams in one stage: {name} is {found!r}, but "
-                f"must be {wanted!r}; leave it as it is"
+                f"method {recipe.method} writes n-grams: {name} is {found!r}, but must "
+                f"be {wanted!r}; leave it as it is"
             )

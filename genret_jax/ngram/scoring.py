@@ -77,21 +77,31 @@ def ngram_weights(
       tokens: of the corpus.
       alpha, smoothing: of the formula.
     """
-    # Neither a certainty of the model nor a corpus of one word may be infinitely surprising.
-    p = np.minimum(np.asarray(log_p, np.float64), -1e-10)
-    f = np.minimum(np.log((np.asarray(counts) + smoothing) / (tokens + smoothing)), -1e-10)
-    excess = (p - np.log(-np.expm1(p))) - (f - np.log(-np.expm1(f)))
+    excess = _log_odds(np.asarray(log_p, np.float64)) - prior_log_odds(counts, tokens, smoothing)
     return np.maximum(excess, 0.0) ** alpha
 
 
-def document_score(
+def prior_log_odds(
+    counts: Int[np.ndarray, " n"], tokens: int, smoothing: float
+) -> Float[np.ndarray, " n"]:
+    """logit f(n), float64; see `ngram_weights`."""
+    return _log_odds(np.log((np.asarray(counts) + smoothing) / (tokens + smoothing)))
+
+
+def _log_odds(log_p: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+    # Neither a certainty of the model nor a corpus of one word may be infinitely surprising.
+    p = np.minimum(log_p, -1e-10)
+    return p - np.log(-np.expm1(p))
+
+
+def document_terms(
     occurrences: Iterable[tuple[int, int]],
     ngrams: Sequence[tuple[int, ...]],
     weights: Sequence[float],
     *,
     beta: float = 0.8,
-) -> float:
-    """The score of one document.
+) -> list[tuple[int, float]]:
+    """The sum that is the score of one document: (n-gram, what its weight is multiplied by).
 
     Args:
       occurrences: (n-gram, position of its first token) for every occurrence in the document.
@@ -101,7 +111,7 @@ def document_score(
     """
     taken: set[int] = set()
     seen: set[int] = set()
-    last, score = -1, 0.0
+    last, terms = -1, []
     # Equal weights: the lesser tokens first, so that nothing depends on the order of generation.
     ordered = sorted(occurrences, key=lambda at: (-weights[at[0]], ngrams[at[0]], at[1]))
     for ngram, start in ordered:
@@ -112,17 +122,35 @@ def document_score(
         if ngram != last:
             distinct = set(tokens)
             new = len(distinct - seen) / len(distinct)
-            score += weights[ngram] * (1.0 - beta + beta * new)
+            terms.append((ngram, 1.0 - beta + beta * new))
             seen |= distinct
             last = ngram
         taken.update(places)
-    return score
+    return terms
 
 
-def score_documents(
-    found: Found, index: NgramIndex, weighting: Weighting
-) -> tuple[Int[np.ndarray, " documents"], Float[np.ndarray, " documents"]]:
-    """The documents that the n-grams of a query identify, ascending, with their scores.
+@dataclasses.dataclass(frozen=True)
+class Sums:
+    """Documents that the n-grams of a query identify in one view, and why.
+
+    Attributes:
+      documents: int32[n], ascending.
+      terms: of each document, see `document_terms`; n-grams by their place in `Found`.
+      weights: float64[ngrams], of all that were found; 0 for those that identify nothing.
+    """
+
+    documents: Int[np.ndarray, " n"]
+    terms: Sequence[Sequence[tuple[int, float]]]
+    weights: Float[np.ndarray, " ngrams"]
+
+    @property
+    def scores(self) -> Float[np.ndarray, " n"]:
+        weights = self.weights.tolist()
+        return np.array([sum(weights[n] * c for n, c in terms) for terms in self.terms], float)
+
+
+def sum_documents(found: Found, index: NgramIndex, weighting: Weighting) -> Sums:
+    """Scores the documents that the n-grams of a query identify.
 
     Args:
       found: n-grams of the index.
@@ -133,11 +161,11 @@ def score_documents(
     weights = ngram_weights(
         found.log_p, counts, index.tokens, alpha=weighting.alpha, smoothing=weighting.smoothing
     )
-    kept = weights > 0
-    found, counts, weights = found[kept], counts[kept], weights[kept]
-    nothing = np.zeros(0, np.int32), np.zeros(0)
-    if not len(found):
+    kept = np.flatnonzero(weights > 0)
+    nothing = Sums(np.zeros(0, np.int32), [], weights)
+    if not len(kept):
         return nothing
+    everything, found, counts, weights = weights, found[kept], counts[kept], weights[kept]
     rows = zip(found.begin.tolist(), found.end.tolist(), strict=True)
     positions = np.concatenate([index.positions(begin, end) for begin, end in rows])
     of = np.repeat(np.arange(len(found)), counts)
@@ -155,12 +183,12 @@ def score_documents(
     ]
     bounds = np.searchsorted(documents, np.append(candidates, documents[-1] + 1)).tolist()
     pairs = list(zip(of.tolist(), positions.tolist(), strict=True))
-    values = weights.tolist()
-    scores = [
-        document_score(pairs[first:last], ngrams, values, beta=weighting.beta)
-        for first, last in zip(bounds[:-1], bounds[1:], strict=True)
-    ]
-    return candidates, np.array(scores)
+    values, place = weights.tolist(), kept.tolist()
+    terms = []
+    for first, last in zip(bounds[:-1], bounds[1:], strict=True):
+        some = document_terms(pairs[first:last], ngrams, values, beta=weighting.beta)
+        terms.append([(place[ngram], factor) for ngram, factor in some])
+    return Sums(candidates, terms, everything)
 
 
 def _candidates(

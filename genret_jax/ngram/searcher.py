@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ from genret_jax.device_trie import DeviceTrie
 from genret_jax.errors import UserError
 from genret_jax.modeling.model import Params, RetrievalModel
 from genret_jax.ngram.index import NgramIndex
-from genret_jax.ngram.scoring import Found, Weighting, score_documents
+from genret_jax.ngram.scoring import Found, Sums, Weighting, sum_documents
 from genret_jax.ngram.settings import VIEWS
 from genret_jax.ranking import batch_sizes, batched
 from genret_jax.vocabularies import Vocabulary
@@ -54,25 +54,32 @@ class NgramRanker:
     ) -> list[tuple[Int32[np.ndarray, " n"], Float[np.ndarray, " n"]]]:
         """The documents found for each query, ascending, and the sums of their views' scores."""
         out = []
-        found = {view: self.ngrams(params, queries, view) for view in self.views}
-        for i in range(len(queries)):
-            parts = [
-                score_documents(found[view][i], index, self.weighting)
-                for view, index in self.views.items()
-            ]
+        for views in self.explain(params, queries):
+            parts = [sums for _, sums in views.values()]
             documents, place = np.unique(
-                np.concatenate([documents for documents, _ in parts]), return_inverse=True
+                np.concatenate([part.documents for part in parts]), return_inverse=True
             )
-            scores = np.concatenate([scores for _, scores in parts])
+            scores = np.concatenate([part.scores for part in parts])
             sums = np.bincount(place, scores, minlength=len(documents))
             out.append((documents.astype(np.int32), sums))
         return out
+
+    def explain(
+        self, params: Params, queries: Sequence[str]
+    ) -> Iterator[dict[str, tuple[Found, Sums]]]:
+        """For each query and view the n-grams, and the documents that they identify."""
+        found = {view: self.ngrams(params, queries, view) for view in self.views}
+        for i in range(len(queries)):
+            yield {
+                view: (found[view][i], sum_documents(found[view][i], index, self.weighting))
+                for view, index in self.views.items()
+            }
 
     def ngrams(self, params: Params, queries: Sequence[str], view: str) -> list[Found]:
         """The n-grams of a view that are generated for each query."""
         out: list[Found] = []
         sizes = batch_sizes(self.beam, self.model.docids.size)
-        for count, tokens in batched(queries, lambda some: self._encoded(some, view), sizes):
+        for count, tokens in batched(queries, lambda some: self.encoded(some, view), sizes):
             result = jax.device_get(self._search(params, tokens, self._tries[view]))
             found = [self._found(result, i, self.views[view]) for i in range(count)]
             if self.unigrams and not self.views[view].whole:
@@ -81,7 +88,10 @@ class NgramRanker:
             out += found
         return out
 
-    def _encoded(self, queries: Sequence[str], view: str) -> np.ndarray:
+    def encoded(
+        self, queries: Sequence[str], view: str
+    ) -> Int32[np.ndarray, "queries input_length"]:
+        """What the encoder reads to write n-grams of a view."""
         tokens = self.vocabulary.encode_batch(queries, self.input_length - 1)
         mark = self.vocabulary.docids.start + VIEWS.index(view)
         return np.pad(tokens, ((0, 0), (1, 0)), constant_values=mark)

@@ -21,6 +21,9 @@ class NgramSettings:
     unigrams: so many of the likeliest first tokens are n-grams, too; 0 for those of the beam alone.
     spans: n-grams drawn of a relevant document for each train query.
     alpha, beta, smoothing, rare, candidates: see `genret_jax.ngram.scoring`.
+    ranked: train queries of a step that the margin rank loss is over, where there is one.
+    ranks: documents ranked for such a query, of which the loss tells some apart.
+    terms: n-grams of a document's sum in that loss, at most.
     """
 
     views: Sequence[str] = ("text", "title")
@@ -33,12 +36,16 @@ class NgramSettings:
     smoothing: float = 5.0
     rare: int = 1500
     candidates: int = 500
+    ranked: int = 16
+    ranks: int = 100
+    terms: int = 40
 
     def __post_init__(self) -> None:
         views = list(self.views) if isinstance(self.views, list | tuple) else []
         if not views or len(set(views)) < len(views) or not set(views) <= set(VIEWS):
             raise _wrong("views", self.views, f"some of {', '.join(map(repr, VIEWS))}, once each")
-        for name in ("length", "beam", "unigrams", "spans", "rare", "candidates"):
+        counts = ("length", "beam", "unigrams", "spans", "rare", "candidates")
+        for name in (*counts, "ranked", "ranks", "terms"):
             value, least = getattr(self, name), int(name != "unigrams")
             if type(value) is not int or value < least:
                 raise _wrong(name, value, f"a whole number from {least} up")

@@ -132,16 +132,8 @@ def train_glen(
     model = GlenModel(
         materials.model, _steps(materials), settings.weights, chunk=recipe.contrastive.chunk
     )
-    whole = clock.seconds
-    if whole:
-        clock.seconds = whole * (1 - recipe.contrastive.share)
-    first = _first_phase(materials, model, run / "training", clock)
-    clock.seconds = whole
-    if whole and clock.elapsed > whole - clock.reserve:
-        raise UserError(
-            f"{run}: stage 1 has used {clock.elapsed / 60:.1f} of {whole / 60:g} minutes, and "
-            "nothing is left for phase 2; raise --minutes"
-        )
+    with clock.without(recipe.contrastive.share, "phase 2"):
+        first = _first_phase(materials, model, run / "training", clock)
     return _second_phase(materials, model, first, run / "ranking", clock, settings)
 
 

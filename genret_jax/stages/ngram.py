@@ -1,4 +1,4 @@
-"""Method `ngram`'s one stage: a query, or a piece of a document, is answered by its n-grams."""
+"""Method `ngram`'s first stage: a query, or a piece of a document, is answered by its n-grams."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from genret_jax.corpus import Corpus, Run
-from genret_jax.data.batches import Pool, materialise
+from genret_jax.data.batches import Batches, Pool, materialise
 from genret_jax.data.examples import Ragged
 from genret_jax.data.ngrams import Drawing, ViewTexts, piece_idf, register_ngrams
 from genret_jax.data.vocabulary import SeqioVocabulary
@@ -183,18 +183,22 @@ class NgramTraining:
 
     def train(self, folder: Path, clock: Clock) -> TrainResult:
         """Trains, or goes on where the run in `folder` stopped."""
-        config, materials = self.materials.recipe.train, self.materials
-        # Buckets of lengths are cut by the inputs that there are, marks included.
+        config = self.materials.recipe.train
         return train(
             self.model,
-            materials.batches(self.pools, batch_size=config.batch_size, longest=self.input_length),
+            self.batches(config.batch_size),
             config=config,
             folder=folder,
-            evaluate=self._dev_evaluation(),
+            evaluate=self.dev_evaluation(),
             clock=clock,
             start=self._start(),
-            measuring=materials.measuring,
+            measuring=self.materials.measuring,
         )
+
+    def batches(self, size: int) -> Batches:
+        """Of all views, so many examples each."""
+        # Buckets of lengths are cut by the inputs that there are, marks included.
+        return self.materials.batches(self.pools, batch_size=size, longest=self.input_length)
 
     def _start(self) -> Callable[[Params], Params] | None:
         materials = self.materials
@@ -232,7 +236,7 @@ class NgramTraining:
             parts.append({name: array[chosen] for name, array in pool.arrays.items()})
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
-    def _dev_evaluation(self) -> Evaluate | None:
+    def dev_evaluation(self) -> Evaluate | None:
         """Dev metrics of the search; None without dev queries."""
         split, ids = self.materials.split, self.materials.document_ids
         if not split.dev_queries:

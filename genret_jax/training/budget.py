@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -95,6 +96,28 @@ class Clock:
                 what,
             )
 
+    @contextlib.contextmanager
+    def without(self, share: float, what: str) -> Iterator[None]:
+        """Ends a budget earlier by a share of it while the block runs, for a stage that follows.
+
+        Args:
+          share: of the budget, that stage's.
+          what: it is, for the message.
+
+        Raises:
+          UserError: the block has used everything, that stage's part included.
+        """
+        whole = self.seconds
+        if whole:
+            self.seconds = whole * (1 - share)
+        yield
+        self.seconds = whole
+        if whole and self.elapsed > whole - self.reserve:
+            raise UserError(
+                f"{self.elapsed / 60:.1f} of {whole / 60:g} minutes are used, and nothing is left "
+                f"for {what}; raise --minutes"
+            )
+
     def plan(self, plan: Plan, *, step_seconds: float, other_seconds: float) -> None:
         """Sets `plan.total` so that the run ends within the budget.
 
@@ -131,7 +154,9 @@ def with_steps(recipe: Recipe, steps: int | None) -> Recipe:
     if steps is None:
         return recipe
     first = second = steps
-    if recipe.contrastive.wanted and recipe.docids.kind != NO_DOCIDS:
+    config = recipe.contrastive
+    # Without docids, contrasting is all of a method, and ranking is a stage behind another one.
+    if config.rank or (config.wanted and recipe.docids.kind != NO_DOCIDS):
         second = min(max(1, round(steps * recipe.contrastive.share)), steps - 1)
         first = steps - second
     if min(first, second) < 1:

@@ -41,6 +41,8 @@ _TOKENS = (
     "decoder_target_tokens",
     "document_tokens",
     "negative_document_tokens",
+    "ranked_tokens",
+    "ranked_paths",
 )
 
 
@@ -174,5 +176,8 @@ class Tracer:
 
 
 def global_shapes(batch: dict[str, np.ndarray], rows: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of the global batch of so many rows, from one process's share of it."""
-    return {k: jax.ShapeDtypeStruct((rows, *v.shape[1:]), v.dtype) for k, v in batch.items()}
+    """Shapes of the global batch of so many examples, from one process's share of it."""
+    times = rows // len(batch["encoder_input_tokens"])
+    return {
+        k: jax.ShapeDtypeStruct((len(v) * times, *v.shape[1:]), v.dtype) for k, v in batch.items()
+    }

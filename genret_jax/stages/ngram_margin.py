@@ -1,0 +1,173 @@
+"""The second stage of n-grams, LTRGR's: n-grams go on being learned, and documents are told apart.
+
+rank train queries -> train with cross-entropy and the margin rank loss over sums of n-grams
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from genret_jax.data.ranked import RankedBatches
+from genret_jax.errors import UserError
+from genret_jax.modeling.model import Params
+from genret_jax.modeling.ngram_margin import NgramMarginModel
+from genret_jax.negatives import Positives, known_positives
+from genret_jax.ngram.ranked import Ranked, RankedQueries
+from genret_jax.stages.ngram import NgramTraining
+from genret_jax.training import partitioning
+from genret_jax.training.budget import Clock
+from genret_jax.training.trainer import TrainResult, train
+
+log = logging.getLogger(__name__)
+_RANKED_SHARE = 0.3  # of the time that is left of a budget, for ranking
+_CHUNK = 32  # queries ranked at a time
+_SEED = 43
+
+
+def learn_to_rank(
+    training: NgramTraining, params: Params, folder: Path, clock: Clock
+) -> tuple[TrainResult, dict[str, Any]]:
+    """Trains with the margin rank loss, or goes on where the run in `folder` stopped.
+
+    Args:
+      training: of the first stage.
+      params: that it has found, on the host.
+      folder: of this stage: what was ranked, checkpoints and metrics.
+      clock: of the whole run.
+
+    Returns:
+      What the training made, and what is to be said of it.
+
+    Raises:
+      UserError: no train query has a right document among those that it ranks, or the devices
+        cannot share so many queries.
+    """
+    recipe, config = training.materials.recipe, training.materials.recipe.contrastive
+    _check(training)
+    ranked = _ranked(training, params, folder / "ranked", clock)
+    batches = RankedBatches(
+        training.batches(config.batch_size),
+        ranked,
+        rows=training.settings.ranked,
+        seed=recipe.train.seed,
+    )
+    result = train(
+        NgramMarginModel(
+            training.model,
+            alpha=training.settings.alpha,
+            generation=config.generation,
+            rank=config.rank,
+            margin=config.margin,
+            drawn_margin=config.drawn_margin,
+        ),
+        batches,
+        config=config.train_config(recipe.train),
+        folder=folder,
+        evaluate=training.dev_evaluation(),
+        clock=clock,
+        start=lambda _: params,
+        measuring=training.materials.measuring,
+    )
+    return result, {"steps": result.steps, "best_step": result.best_step, **ranked.report()}
+
+
+def _check(training: NgramTraining) -> None:
+    """UserError where the devices cannot share the queries of a step."""
+    rows = training.settings.ranked
+    mesh = partitioning.make_mesh(model_parallel=training.materials.recipe.train.model_parallel)
+    if rows % mesh.shape["data"]:
+        raise UserError(
+            f"SearcherConfig.settings: ranked {rows} does not divide by the {mesh.shape['data']} "
+            "devices that share a batch; choose a multiple"
+        )
+
+
+def _ranked(training: NgramTraining, params: Params, folder: Path, clock: Clock) -> RankedQueries:
+    """What the parameters of the first stage rank for train queries; made once, then opened."""
+    materials, settings = training.materials, training.settings
+    digest = _digest(training)
+    if (folder / "ranked.json").is_file():
+        found = RankedQueries.load(folder)
+        if found.digest == digest:
+            return found
+    positives = known_positives(materials.split.all_pairs)
+    ranked, rows, asked = _violating(training, positives, params, clock)
+    if not ranked:
+        raise UserError(
+            f"{folder.parent}: none of {asked} train queries that were ranked has a right document "
+            "that is to rise; train the first stage longer, or leave ContrastiveConfig.rank at 0"
+        )
+    texts = [positives.queries[row] for row in rows]
+    views = [training.ranker.encoded(texts, view) for view in training.ranker.views]
+    made = RankedQueries.of(
+        ranked,
+        [_known(positives, row) for row in rows],
+        np.stack(views, axis=1),
+        terms=settings.terms,
+        wrong=materials.recipe.contrastive.mined,
+        length=settings.length,
+        rng=np.random.default_rng([materials.recipe.train.seed, _SEED, 1]),
+        digest=digest,
+        asked=asked,
+    )
+    made.save(folder)
+    return RankedQueries.load(folder)
+
+
+def _violating(
+    training: NgramTraining, positives: Positives, params: Params, clock: Clock
+) -> tuple[list[Ranked], list[int], int]:
+    """Rankings of train queries in random order, where some margin is not kept.
+
+    Returns:
+      The rankings, the row of each query among the positives, and how many queries were ranked.
+    """
+    config, settings = training.materials.recipe.contrastive, training.settings
+    order = np.random.default_rng([training.materials.recipe.train.seed, _SEED]).permutation(
+        len(positives.queries)
+    )
+    wanted = len(order) if clock.seconds else min(len(order), config.steps * settings.ranked)
+    end = clock.elapsed + _RANKED_SHARE * ((clock.seconds or 0.0) - clock.elapsed)
+    on_device = jax.device_put(params)
+    found: list[Ranked] = []
+    rows: list[int] = []
+    asked = 0
+    with tqdm(total=wanted, unit="query", desc="ranking train queries", disable=None) as bar:
+        while asked < len(order) and len(found) < wanted:
+            if clock.seconds and asked and clock.elapsed > end:
+                break
+            some = order[asked : asked + _CHUNK].tolist()
+            asked += len(some)
+            queries = [positives.queries[row] for row in some]
+            for row, explained in zip(
+                some, training.ranker.explain(on_device, queries), strict=True
+            ):
+                one = Ranked.of(training.ranker, explained, ranks=settings.ranks)
+                if one.may_violate(
+                    _known(positives, row), margin=config.margin, drawn_margin=config.drawn_margin
+                ):
+                    found.append(one)
+                    rows.append(row)
+                    bar.update()
+    log.info("%d of %d train queries are to be ranked better", len(found), asked)
+    return found, rows, asked
+
+
+def _known(positives: Positives, row: int) -> frozenset[int]:
+    """The documents that answer a train query."""
+    return frozenset(document for document in positives.relevant[row].tolist() if document >= 0)
+
+
+def _digest(training: NgramTraining) -> str:
+    """Of what the table is made from; the recipe decides the parameters that rank."""
+    recipe = {**training.materials.recipe.to_dict(), "method": ""}
+    about = [recipe, training.materials.index.about["fingerprint"]]
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
