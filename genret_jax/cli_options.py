@@ -213,9 +213,9 @@ def _add_jobs(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--jobs",
         type=int,
-        default=1,
         metavar="N",
-        help="trainings at a time, each a process with its own log in OUT/logs (default 1)",
+        help="trainings at a time, each a process with its own log in OUT/logs; by default this "
+        "process trains them all, one after another",
     )
 
 

@@ -92,7 +92,7 @@ def ablate(
     seeds: Sequence[int] = (0,),
     split: str = "test",
     minutes: float | None = None,
-    jobs: int = 1,
+    jobs: int | None = None,
     size: str | None = None,
     gin_files: Sequence[str | Path] = (),
     bindings: Sequence[str] = (),
@@ -108,8 +108,9 @@ def ablate(
       seeds: every variant is trained with each.
       split: whose queries are searched.
       minutes: of a run, both its stages and what is between them; the recipe's steps without it.
-      jobs: trainings at a time. With more than one, each is a process of its own whose log is in
-        `out`/logs; what is measured is measured when all have ended, one after the other.
+      jobs: trainings at a time, each a process of its own whose log is in `out`/logs, so that one
+        that is killed is a row that failed; what is measured is measured when all have ended, one
+        after the other. By default this process does everything, one after the other.
       size, gin_files, bindings: of all variants, as `load_recipe` takes them.
 
     Returns:
@@ -157,7 +158,7 @@ def ablate(
                 )
             )
     with in_use(out):
-        if jobs > 1:
+        if jobs is not None:
             bench.train_side_by_side(cells, jobs)
         rows = bench.run(cells)
         report = Report(

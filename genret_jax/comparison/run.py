@@ -43,7 +43,7 @@ def compare_methods(
     steps: int | None = None,
     queries: int | None = None,
     against: str | None = None,
-    jobs: int = 1,
+    jobs: int | None = None,
     size: str | None = None,
     gin_files: Sequence[str | Path] = (),
     bindings: Sequence[str] = (),
@@ -64,8 +64,9 @@ def compare_methods(
       queries: searched of each split, and of dev where weights are fitted there, at most: every so
         many-th in the order of the qrels, the same for all methods.
       against: one of `methods` that all others are also tested against, besides the best baseline.
-      jobs: trainings at a time. With more than one, each is a process of its own whose log is in
-        `out`/logs; what is measured is measured when all have ended, one after the other.
+      jobs: trainings at a time, each a process of its own whose log is in `out`/logs, so that one
+        that is killed is a row that failed; what is measured is measured when all have ended, one
+        after the other. By default this process does everything, one after the other.
       size, gin_files, bindings: of all methods, as `load_recipe` takes them.
       pseudo_queries: file of `genret pseudo-queries`, for all methods that learn from such; what
         was measured without them, or with others, is not kept for these.
@@ -99,7 +100,7 @@ def compare_collections(
     steps: int | None = None,
     queries: int | None = None,
     against: str | None = None,
-    jobs: int = 1,
+    jobs: int | None = None,
     size: str | None = None,
     gin_files: Sequence[str | Path] = (),
     bindings: Sequence[str] = (),
@@ -148,7 +149,7 @@ def _settings(
     minutes: float | None,
     steps: int | None,
     queries: int | None,
-    jobs: int,
+    jobs: int | None,
     size: str | None,
     gin_files: Sequence[str | Path],
     bindings: Sequence[str],
@@ -229,7 +230,11 @@ def _planned(
     if against is not None and against not in (method.name for method in chosen):
         raise UserError(f"--against {against!r} is not among --methods; name it there, too")
     if any(m.rule == "weighted" for m in chosen) and not corpus.qrels.get(DEV):
-        raise UserError("weighted:A:B fits its weights on dev, and there is no qrels/dev.tsv")
+        # Train queries will not do: some methods have them all in their index, held out or not.
+        raise UserError(
+            "weighted:A:B fits its weights on dev, and there is no qrels/dev.tsv; move lines of "
+            "qrels/train.tsv there, or take rrf:A:B, which has no weights"
+        )
     if settings.pseudo_queries and not settings.learners(chosen):
         raise UserError("--pseudo-queries: none of --methods learns from them; leave it out")
     bench = Bench(given, corpus, out, settings)
@@ -256,9 +261,9 @@ def _planned(
     return _Planned(corpus, out, tuple(seeds), splits, settings, against, chosen, bench, every)
 
 
-def _train(plans: Sequence[_Planned], jobs: int) -> None:
-    """Trains side by side, where that is wanted; else each is trained when it is measured."""
-    if jobs == 1:
+def _train(plans: Sequence[_Planned], jobs: int | None) -> None:
+    """Trains in other processes, where that is wanted; else each is trained when it is measured."""
+    if jobs is None:
         return
     found = [
         (planned, folder, child)

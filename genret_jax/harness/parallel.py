@@ -69,7 +69,7 @@ def corpus_argument(given: str | Path | Corpus) -> str:
       UserError: it is in memory.
     """
     if isinstance(given, Corpus):
-        raise UserError("several jobs read the corpus from a folder; give that, or jobs = 1")
+        raise UserError("several jobs read the corpus from a folder; give that, or leave jobs out")
     return str(given)
 
 
@@ -197,7 +197,7 @@ def _asked_to_stop() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def check_jobs(jobs: int) -> None:
-    """UserError unless it is a number of processes."""
-    if jobs < 1:
+def check_jobs(jobs: int | None) -> None:
+    """UserError unless it is a number of processes, or none."""
+    if jobs is not None and jobs < 1:
         raise UserError(f"jobs must be a whole number from 1, found {jobs}")
