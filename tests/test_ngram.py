@@ -149,7 +149,7 @@ def test_a_score_by_hand():
     assert document_score([(0, 1), (2, 3)], [(3,), (), (3, 3)], [2.0, 0, 1.0], beta=1.0) == 2.0
 
 
-def brute_scores(texts, owners, ngrams, log_p, weighting):
+def brute_scores(texts, owners, ngrams, log_p, weighting, without=()):
     """Scores of documents in plain loops over their tokens."""
     tokens = sum(map(len, texts))
     weights = {}
@@ -161,7 +161,11 @@ def brute_scores(texts, owners, ngrams, log_p, weighting):
             weights[ngram] = excess**weighting.alpha
     scores = {}
     for document in set(owners):
-        own = [text for text, owner in zip(texts, owners, strict=True) if owner == document]
+        own = [
+            text
+            for i, (text, owner) in enumerate(zip(texts, owners, strict=True))
+            if owner == document and i not in without
+        ]
         free = [[True] * len(text) for text in own]
         seen, score, brought = set(), 0.0, False
         for ngram in sorted(weights, key=lambda g: (-weights[g], g)):
@@ -206,6 +210,10 @@ def test_scores_of_documents_are_those_of_plain_loops(texts, seed, rare):
     assert len(few) == min(1, len(expected))
     if len(few):
         assert best[0] == pytest.approx(expected[int(few[0])])
+    without = [int(rng.integers(len(texts)))]  # a text that is counted, but identifies nothing
+    sums = sum_documents(found, index, weighting, without=without)
+    expected = brute_scores(texts, owners, ngrams, log_p.tolist(), weighting, without)
+    assert dict(zip(sums.documents, sums.scores, strict=True)) == pytest.approx(expected)
 
 
 # ---- targets

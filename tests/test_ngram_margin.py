@@ -22,6 +22,9 @@ from genret_jax.ngram.ranked import Ranked, RankedQueries
 from genret_jax.ngram.settings import NgramSettings
 from genret_jax.recipe import load_recipe
 from genret_jax.searchers import fit_method, open_searcher
+from genret_jax.splitting import split_corpus
+from genret_jax.stages.ngram import NgramTraining
+from genret_jax.stages.ngram_margin import _OwnTexts
 from genret_jax.training.budget import with_steps
 from genret_jax.training.journal import read_records
 
@@ -34,7 +37,8 @@ QUERIES = ("bread from an oven", "somebody for lifts", "who works with bees", "t
 
 
 def _recipe(*more, method="ltrgr-minder"):
-    lines = [*FAST, f"SearcherConfig.settings = {SETTINGS!r}", *more]
+    # Inputs of one length, so that one program is compiled a stage.
+    lines = [*FAST, "DataConfig.input_length = 7", f"SearcherConfig.settings = {SETTINGS!r}", *more]
     return load_recipe(method, bindings=lines)
 
 
@@ -274,6 +278,27 @@ def test_the_margin_is_learned(fitted, ranked):
     after = np.asarray(jax.jit(model.scores)(params, batches[0]))
     assert losses[-1] < losses[0]
     assert (after[:, 0] - after[:, 1]).mean() > (before[:, 0] - before[:, 1]).mean()
+
+
+def test_a_train_query_is_not_found_by_itself(collection, run, monkeypatch):
+    """Its own words stand in the index, as those of no query do that will be asked."""
+    asked = []
+    monkeypatch.setattr(
+        "genret_jax.ngram.searcher.sum_documents",
+        lambda found, index, weighting, *, without: asked.append(list(without)) or "sums",
+    )
+    recipe = _recipe()
+    split = split_corpus(tiny_corpus(), recipe.data, seed=0)
+    settings = NgramSettings(**SETTINGS)
+    training = NgramTraining.of(tiny_corpus(), split, recipe, settings, run / "index")
+    own, query = _OwnTexts(training), split.pairs[3][0]
+    ranker, params = training.ranker, open_searcher(run).searcher.params
+    for parts in ranker.explain(params, [query, "a query of none"], own=[own(query), own("?")]):
+        assert set(parts) == set(VIEWS)
+    view = training.texts[2]
+    assert view.name == "queries" and len(asked[2]) == 1
+    assert view.texts[asked[2][0]].tolist() == list(ranker.vocabulary.encode(query))
+    assert [asked[i] for i in (0, 1, 3, 4, 5)] == [[]] * 5, "other views, and an unknown query"
 
 
 def test_the_run_says_what_it_did(run, fitted):

@@ -111,7 +111,11 @@ class NgramIndex:
 
     def documents(self, positions: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
         """The documents that positions of the stream belong to."""
-        return self.owners[np.searchsorted(self.offsets, positions, side="right") - 1]
+        return self.owners[self.texts(positions)]
+
+    def texts(self, positions: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+        """The texts that positions of the stream belong to."""
+        return np.searchsorted(self.offsets, positions, side="right") - 1
 
     def report(self) -> dict[str, Any]:
         """Sizes; `suffix_array_bytes` is what positions and stream alone would take."""

@@ -149,13 +149,16 @@ class Sums:
         return np.array([sum(weights[n] * c for n, c in terms) for terms in self.terms], float)
 
 
-def sum_documents(found: Found, index: NgramIndex, weighting: Weighting) -> Sums:
+def sum_documents(
+    found: Found, index: NgramIndex, weighting: Weighting, *, without: Sequence[int] = ()
+) -> Sums:
     """Scores the documents that the n-grams of a query identify.
 
     Args:
       found: n-grams of the index.
       index: of one view.
       weighting: how.
+      without: texts of the view that identify nothing; they count in frequencies all the same.
     """
     counts = index.count(found.begin, found.end)
     weights = ngram_weights(
@@ -166,9 +169,7 @@ def sum_documents(found: Found, index: NgramIndex, weighting: Weighting) -> Sums
     if not len(kept):
         return nothing
     everything, found, counts, weights = weights, found[kept], counts[kept], weights[kept]
-    rows = zip(found.begin.tolist(), found.end.tolist(), strict=True)
-    positions = np.concatenate([index.positions(begin, end) for begin, end in rows])
-    of = np.repeat(np.arange(len(found)), counts)
+    of, positions = _occurrences(found, index, counts, without)
     documents = index.documents(positions)
     rare = counts[of] <= weighting.rare
     candidates = _candidates(documents[rare], of[rare], weights, weighting.candidates)
@@ -189,6 +190,19 @@ def sum_documents(found: Found, index: NgramIndex, weighting: Weighting) -> Sums
         some = document_terms(pairs[first:last], ngrams, values, beta=weighting.beta)
         terms.append([(place[ngram], factor) for ngram, factor in some])
     return Sums(candidates, terms, everything)
+
+
+def _occurrences(
+    found: Found, index: NgramIndex, counts: np.ndarray, without: Sequence[int]
+) -> tuple[Int[np.ndarray, " occurrences"], Int[np.ndarray, " occurrences"]]:
+    """Of each occurrence the n-gram, and its position in the stream."""
+    rows = zip(found.begin.tolist(), found.end.tolist(), strict=True)
+    positions = np.concatenate([index.positions(begin, end) for begin, end in rows])
+    of = np.repeat(np.arange(len(found)), counts)
+    if len(without):
+        counted = ~np.isin(index.texts(positions), without)
+        of, positions = of[counted], positions[counted]
+    return of, positions
 
 
 def _candidates(

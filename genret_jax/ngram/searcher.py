@@ -65,15 +65,22 @@ class NgramRanker:
         return out
 
     def explain(
-        self, params: Params, queries: Sequence[str]
+        self, params: Params, queries: Sequence[str], *, own: Sequence[Sequence[int]] = ()
     ) -> Iterator[dict[str, tuple[Found, Sums]]]:
-        """For each query and view the n-grams, and the documents that they identify."""
+        """For each query and view the n-grams, and the documents that they identify.
+
+        Args:
+          own: for each query the texts of view "queries" that it is itself: of what answers it,
+            they say nothing. None by default.
+        """
         found = {view: self.ngrams(params, queries, view) for view in self.views}
         for i in range(len(queries)):
-            yield {
-                view: (found[view][i], sum_documents(found[view][i], index, self.weighting))
-                for view, index in self.views.items()
-            }
+            parts = {}
+            for view, index in self.views.items():
+                without = own[i] if own and view == "queries" else ()
+                sums = sum_documents(found[view][i], index, self.weighting, without=without)
+                parts[view] = found[view][i], sums
+            yield parts
 
     def ngrams(self, params: Params, queries: Sequence[str], view: str) -> list[Found]:
         """The n-grams of a view that are generated for each query."""

@@ -136,7 +136,7 @@ def _violating(
     )
     wanted = len(order) if clock.seconds else min(len(order), config.steps * settings.ranked)
     end = clock.elapsed + _RANKED_SHARE * ((clock.seconds or 0.0) - clock.elapsed)
-    on_device = jax.device_put(params)
+    on_device, own = jax.device_put(params), _OwnTexts(training)
     found: list[Ranked] = []
     rows: list[int] = []
     asked = 0
@@ -147,9 +147,8 @@ def _violating(
             some = order[asked : asked + _CHUNK].tolist()
             asked += len(some)
             queries = [positives.queries[row] for row in some]
-            for row, explained in zip(
-                some, training.ranker.explain(on_device, queries), strict=True
-            ):
+            explaining = training.ranker.explain(on_device, queries, own=[own(q) for q in queries])
+            for row, explained in zip(some, explaining, strict=True):
                 one = Ranked.of(training.ranker, explained, ranks=settings.ranks)
                 if one.may_violate(
                     _known(positives, row), margin=config.margin, drawn_margin=config.drawn_margin
@@ -159,6 +158,23 @@ def _violating(
                     bar.update()
     log.info("%d of %d train queries are to be ranked better", len(found), asked)
     return found, rows, asked
+
+
+class _OwnTexts:
+    """A train query -> its own texts in view "queries", one for each document that it is asked of.
+
+    What answers a query that the index has not seen will not have its very words.
+    """
+
+    def __init__(self, training: NgramTraining):
+        self._encode = training.materials.index.vocabulary.encode
+        self._texts: dict[tuple[int, ...], list[int]] = {}
+        for view in training.texts:
+            for i in range(len(view.texts)) if view.name == "queries" else ():
+                self._texts.setdefault(tuple(view.texts[i].tolist()), []).append(i)
+
+    def __call__(self, query: str) -> list[int]:
+        return self._texts.get(tuple(self._encode(query)), [])
 
 
 def _known(positives: Positives, row: int) -> frozenset[int]:
