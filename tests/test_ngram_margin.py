@@ -37,8 +37,7 @@ QUERIES = ("bread from an oven", "somebody for lifts", "who works with bees", "t
 
 
 def _recipe(*more, method="ltrgr-minder"):
-    # Inputs of one length, so that one program is compiled a stage.
-    lines = [*FAST, "DataConfig.input_length = 7", f"SearcherConfig.settings = {SETTINGS!r}", *more]
+    lines = [*FAST, f"SearcherConfig.settings = {SETTINGS!r}", *more]
     return load_recipe(method, bindings=lines)
 
 
