@@ -10,10 +10,9 @@ their sums.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
@@ -22,40 +21,52 @@ from jaxtyping import Float32, Int32
 
 from genret_jax.errors import UserError
 from genret_jax.files import replace_on_success
+from genret_jax.ngram.index import NgramIndex
 from genret_jax.ngram.scoring import Found, Sums, prior_log_odds
-from genret_jax.ngram.searcher import NgramRanker
 
 _Key: TypeAlias = tuple[str, int]  # view, place in its `Found`
+Explained: TypeAlias = Mapping[str, tuple[Found, Sums]]  # of `NgramRanker.explain`, one query
 RIGHT = 4  # right documents kept a query, at most
 _ABOUT, _ARRAYS = "ranked.json", "ranked.npz"
 
 
 @dataclasses.dataclass(frozen=True)
-class Ranked:
-    """The documents that were ranked for one query.
+class Chosen:
+    """Documents of one query to tell apart.
 
     Attributes:
-      ngrams: tokens of each n-gram that some document's sum has, the end of sequence among them
-        where it belongs to an identifier.
+      ngrams: tokens of each n-gram that their sums have, the end of sequence among them where it
+        belongs to an identifier.
       views: the number of each one's view.
       priors: logit f(n) of each.
-      documents: positions, the best first.
-      scores: of each document.
-      terms: of each document, (n-gram, factor), what adds most first.
+      right, wrong: of documents that answer, and of ones that do not, the best-ranked first: the
+        terms of its sum, (n-gram, factor), what adds most first.
     """
 
     ngrams: list[tuple[int, ...]]
     views: list[int]
     priors: list[float]
+    right: list[list[tuple[int, float]]]
+    wrong: list[list[tuple[int, float]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranking:
+    """The best documents of one query.
+
+    Attributes:
+      documents: positions, the best first.
+      scores: of each document.
+      terms: of each document, (what it adds, view and n-gram, factor), what adds most first.
+    """
+
     documents: list[int]
     scores: list[float]
-    terms: list[list[tuple[int, float]]]
+    terms: list[list[tuple[float, _Key, float]]]
 
     @classmethod
-    def of(
-        cls, ranker: NgramRanker, explained: dict[str, tuple[Found, Sums]], *, ranks: int
-    ) -> Ranked:
-        """The best `ranks` documents of a query, from what `NgramRanker.explain` says of it."""
+    def of(cls, explained: Explained, *, ranks: int) -> Ranking:
+        """The best `ranks` documents of all views together."""
         sums: dict[int, list[tuple[float, _Key, float]]] = {}
         for view, (_, part) in explained.items():
             weights = part.weights.tolist()
@@ -65,26 +76,7 @@ class Ranked:
         scores = {document: sum(term[0] for term in terms) for document, terms in sums.items()}
         best = sorted(scores, key=lambda document: (-scores[document], document))[:ranks]
         ordered = [sorted(sums[d], key=lambda term: (-term[0], term[1])) for d in best]
-        number: dict[_Key, int] = {}
-        for _, key, _ in itertools.chain(*ordered):
-            number.setdefault(key, len(number))
-        ngrams, priors = [], []
-        for view, n in number:
-            found_in, index = explained[view][0], ranker.views[view]
-            row = found_in.begin[n : n + 1], found_in.end[n : n + 1]
-            tokens = index.trie.rows[int(row[0][0]), : int(found_in.length[n])].tolist()
-            ngrams.append(tuple(token for token in tokens if token))
-            smoothing = ranker.weighting.smoothing
-            priors.append(float(prior_log_odds(index.count(*row), index.tokens, smoothing)[0]))
-        place = {view: i for i, view in enumerate(explained)}
-        return cls(
-            ngrams=ngrams,
-            views=[place[view] for view, _ in number],
-            priors=priors,
-            documents=best,
-            scores=[scores[document] for document in best],
-            terms=[[(number[key], factor) for _, key, factor in terms] for terms in ordered],
-        )
+        return cls(best, [scores[document] for document in best], ordered)
 
     def may_violate(self, relevant: frozenset[int], *, margin: float, drawn_margin: float) -> bool:
         """Whether some right document of the ranking is not above all wrong ones by the margins."""
@@ -95,10 +87,54 @@ class Ranked:
             return False
         return wrong[0] + margin > right[0] or wrong[0] + drawn_margin > right[-1]
 
+    def choose(
+        self,
+        relevant: frozenset[int],
+        explained: Explained,
+        views: Mapping[str, NgramIndex],
+        *,
+        smoothing: float,
+        wrong: int,
+        terms: int,
+        rng: np.random.Generator,
+    ) -> Chosen:
+        """Documents to tell apart: the best-ranked of either kind, and random ones of the rest.
+
+        Args:
+          relevant: the right ones.
+          explained: what the ranking was made of.
+          views: the index of each.
+          smoothing: of f(n).
+          wrong: documents that do not answer, at most; of the others `RIGHT`.
+          terms: of a sum, at most.
+          rng: of the draw.
+        """
+        places: tuple[list[int], list[int]] = [], []
+        for place, document in enumerate(self.documents):
+            places[document not in relevant].append(place)
+        number: dict[_Key, int] = {}
+        parts = [
+            [
+                [(number.setdefault(key, len(number)), f) for _, key, f in self.terms[i][:terms]]
+                for i in _first_and_drawn(kind, most, rng)
+            ]
+            for kind, most in zip(places, (RIGHT, wrong), strict=True)
+        ]
+        ngrams, priors = [], []
+        for view, n in number:
+            found, index = explained[view][0], views[view]
+            begin, end = found.begin[n : n + 1], found.end[n : n + 1]
+            tokens = index.trie.rows[begin[0], : found.length[n]].tolist()
+            ngrams.append(tuple(token for token in tokens if token))
+            count = index.count(begin, end)
+            priors.append(float(prior_log_odds(count, index.tokens, smoothing)[0]))
+        names = list(views)
+        return Chosen(ngrams, [names.index(view) for view, _ in number], priors, *parts)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RankedQueries:
-    """A table of `Ranked`, padded; a row a query.
+    """A table of `Chosen`, padded; a row a query.
 
     Attributes:
       tokens: int32[queries, views, length], what the encoder reads for each view.
@@ -127,61 +163,43 @@ class RankedQueries:
     @classmethod
     def of(
         cls,
-        ranked: Sequence[Ranked],
-        relevant: Sequence[frozenset[int]],
+        chosen: Sequence[Chosen],
         tokens: Int32[np.ndarray, "queries views length"],
         *,
-        terms: int,
-        wrong: int,
         length: int,
-        rng: np.random.Generator,
         digest: str = "",
         asked: int = 0,
     ) -> RankedQueries:
-        """Puts rankings into a table.
+        """Puts what was chosen into a table.
 
         Args:
-          ranked: of each query; each has right and wrong documents among those ranked.
-          relevant: the right documents of each.
+          chosen: of each query.
           tokens: what the encoder reads of each.
-          terms: of a sum, at most: those that add most.
-          wrong: documents kept of a query, at most: the best-ranked and a random draw of the rest.
           length: tokens of an n-gram, at most.
-          rng: of that draw, and of one of right documents where there are more than `RIGHT`.
           digest, asked: see the class.
         """
-        most = max((len(one.ngrams) for one in ranked), default=1)
-        count = len(ranked)
+        count, most = len(chosen), max((len(one.ngrams) for one in chosen), default=1)
         ngrams = np.zeros((count, most, length), np.int32)
-        views = np.zeros((count, most), np.int32)
-        priors = np.zeros((count, most), np.float32)
-        kept = {"right": RIGHT, "wrong": wrong}
-        number = {name: np.full((count, k, terms), -1, np.int32) for name, k in kept.items()}
-        factors = {name: np.zeros((count, k, terms), np.float32) for name, k in kept.items()}
-        for row, (one, known) in enumerate(zip(ranked, relevant, strict=True)):
+        views, priors = np.zeros((count, most), np.int32), np.zeros((count, most), np.float32)
+        for row, one in enumerate(chosen):
             for i, ngram in enumerate(one.ngrams):
                 ngrams[row, i, : len(ngram)] = ngram
             views[row, : len(one.views)] = one.views
             priors[row, : len(one.priors)] = one.priors
-            places: dict[str, list[int]] = {name: [] for name in kept}
-            for place, document in enumerate(one.documents):
-                places["right" if document in known else "wrong"].append(place)
-            for name, k in kept.items():
-                for column, place in enumerate(_first_and_drawn(places[name], k, rng)):
-                    for i, (ngram_number, factor) in enumerate(one.terms[place][:terms]):
-                        number[name][row, column, i] = ngram_number
-                        factors[name][row, column, i] = factor
+        terms = max((len(t) for one in chosen for t in (*one.right, *one.wrong)), default=1)
+        right, right_factors = _padded([one.right for one in chosen], terms)
+        wrong, wrong_factors = _padded([one.wrong for one in chosen], terms)
         return cls(
-            tokens.astype(np.int32),
-            ngrams,
-            views,
-            priors,
-            number["right"],
-            number["wrong"],
-            factors["right"],
-            factors["wrong"],
-            digest,
-            asked,
+            tokens=tokens.astype(np.int32),
+            ngrams=ngrams,
+            ngram_views=views,
+            priors=priors,
+            right=right,
+            wrong=wrong,
+            right_factors=right_factors,
+            wrong_factors=wrong_factors,
+            digest=digest,
+            asked=asked,
         )
 
     def __len__(self) -> int:
@@ -222,6 +240,21 @@ class RankedQueries:
     def _arrays(self) -> dict[str, np.ndarray]:
         names = [field.name for field in dataclasses.fields(self)]
         return {name: getattr(self, name) for name in names if name not in ("digest", "asked")}
+
+
+def _padded(
+    sums: Sequence[Sequence[Sequence[tuple[int, float]]]], terms: int
+) -> tuple[
+    Int32[np.ndarray, "queries documents terms"], Float32[np.ndarray, "queries documents terms"]
+]:
+    """N-grams of terms, -1-padded, and their factors."""
+    shape = len(sums), max(map(len, sums), default=1), terms
+    numbers, factors = np.full(shape, -1, np.int32), np.zeros(shape, np.float32)
+    for row, documents in enumerate(sums):
+        for column, some in enumerate(documents):
+            for i, (number, factor) in enumerate(some):
+                numbers[row, column, i], factors[row, column, i] = number, factor
+    return numbers, factors
 
 
 def _first_and_drawn(places: list[int], count: int, rng: np.random.Generator) -> list[int]:

@@ -20,7 +20,7 @@ from genret_jax.errors import UserError
 from genret_jax.modeling.model import Params
 from genret_jax.modeling.ngram_margin import NgramMarginModel
 from genret_jax.negatives import Positives, known_positives
-from genret_jax.ngram.ranked import Ranked, RankedQueries
+from genret_jax.ngram.ranked import Chosen, RankedQueries, Ranking
 from genret_jax.stages.ngram import NgramTraining
 from genret_jax.training import partitioning
 from genret_jax.training.budget import Clock
@@ -99,45 +99,35 @@ def _ranked(training: NgramTraining, params: Params, folder: Path, clock: Clock)
         if found.digest == digest:
             return found
     positives = known_positives(materials.split.all_pairs)
-    ranked, rows, asked = _violating(training, positives, params, clock)
-    if not ranked:
+    chosen, rows, asked = _violating(training, positives, params, clock)
+    if not chosen:
         raise UserError(
             f"{folder.parent}: none of {asked} train queries that were ranked has a right document "
             "that is to rise; train the first stage longer, or leave ContrastiveConfig.rank at 0"
         )
     texts = [positives.queries[row] for row in rows]
     views = [training.ranker.encoded(texts, view) for view in training.ranker.views]
-    made = RankedQueries.of(
-        ranked,
-        [_known(positives, row) for row in rows],
-        np.stack(views, axis=1),
-        terms=settings.terms,
-        wrong=materials.recipe.contrastive.mined,
-        length=settings.length,
-        rng=np.random.default_rng([materials.recipe.train.seed, _SEED, 1]),
-        digest=digest,
-        asked=asked,
-    )
+    tokens = np.stack(views, axis=1)
+    made = RankedQueries.of(chosen, tokens, length=settings.length, digest=digest, asked=asked)
     made.save(folder)
     return RankedQueries.load(folder)
 
 
 def _violating(
     training: NgramTraining, positives: Positives, params: Params, clock: Clock
-) -> tuple[list[Ranked], list[int], int]:
-    """Rankings of train queries in random order, where some margin is not kept.
+) -> tuple[list[Chosen], list[int], int]:
+    """Ranks train queries in random order, and chooses where some margin is not kept.
 
     Returns:
-      The rankings, the row of each query among the positives, and how many queries were ranked.
+      What was chosen, the row of each query among the positives, and how many were ranked.
     """
     config, settings = training.materials.recipe.contrastive, training.settings
-    order = np.random.default_rng([training.materials.recipe.train.seed, _SEED]).permutation(
-        len(positives.queries)
-    )
+    rng = np.random.default_rng([training.materials.recipe.train.seed, _SEED])
+    order = rng.permutation(len(positives.queries))
     wanted = len(order) if clock.seconds else min(len(order), config.steps * settings.ranked)
     end = clock.elapsed + _RANKED_SHARE * ((clock.seconds or 0.0) - clock.elapsed)
-    on_device, own = jax.device_put(params), _OwnTexts(training)
-    found: list[Ranked] = []
+    ranker, on_device, own = training.ranker, jax.device_put(params), _OwnTexts(training)
+    found: list[Chosen] = []
     rows: list[int] = []
     asked = 0
     with tqdm(total=wanted, unit="query", desc="ranking train queries", disable=None) as bar:
@@ -147,13 +137,21 @@ def _violating(
             some = order[asked : asked + _CHUNK].tolist()
             asked += len(some)
             queries = [positives.queries[row] for row in some]
-            explaining = training.ranker.explain(on_device, queries, own=[own(q) for q in queries])
+            explaining = ranker.explain(on_device, queries, own=[own(query) for query in queries])
             for row, explained in zip(some, explaining, strict=True):
-                one = Ranked.of(training.ranker, explained, ranks=settings.ranks)
-                if one.may_violate(
-                    _known(positives, row), margin=config.margin, drawn_margin=config.drawn_margin
-                ):
-                    found.append(one)
+                known = frozenset(positives.relevant[row].tolist())  # -1 is no document
+                one = Ranking.of(explained, ranks=settings.ranks)
+                if one.may_violate(known, margin=config.margin, drawn_margin=config.drawn_margin):
+                    chosen = one.choose(
+                        known,
+                        explained,
+                        ranker.views,
+                        smoothing=settings.smoothing,
+                        wrong=config.mined,
+                        terms=settings.terms,
+                        rng=rng,
+                    )
+                    found.append(chosen)
                     rows.append(row)
                     bar.update()
     log.info("%d of %d train queries are to be ranked better", len(found), asked)
@@ -175,11 +173,6 @@ class _OwnTexts:
 
     def __call__(self, query: str) -> list[int]:
         return self._texts.get(tuple(self._encode(query)), [])
-
-
-def _known(positives: Positives, row: int) -> frozenset[int]:
-    """The documents that answer a train query."""
-    return frozenset(document for document in positives.relevant[row].tolist() if document >= 0)
 
 
 def _digest(training: NgramTraining) -> str:
