@@ -363,7 +363,7 @@ def test_an_interrupted_run_goes_on_with_what_it_ranked(run, collection, tmp_pat
 
 def test_recipes_and_what_is_refused(collection, tmp_path, capsys):
     published = load_recipe("ltrgr-minder")
-    assert published.contrastive.rank == 0.001 and published.contrastive.margin == 300
+    assert published.contrastive.rank == 0.01 and published.contrastive.margin == 300
     assert NgramSettings(**published.searcher.settings) == NgramSettings(views=VIEWS)
     parts = with_steps(published, 100)
     assert (parts.train.steps, parts.contrastive.steps) == (70, 30)

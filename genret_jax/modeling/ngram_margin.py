@@ -63,7 +63,7 @@ class NgramMarginModel:
     model: RetrievalModel
     alpha: float = 2.0
     generation: float = 1.0
-    rank: float = 1e-3
+    rank: float = 1e-2
     margin: float = 300.0
     drawn_margin: float = 400.0
 
