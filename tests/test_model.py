@@ -100,14 +100,17 @@ def score_all(model: RetrievalModel) -> np.ndarray:
 
 
 @MODELS
-def test_docid_logits_are_slices_of_the_full_logits(model):
+@pytest.mark.parametrize(("start", "size"), [(START, DOCIDS), (10, 50), (2, 62)])
+def test_docid_logits_are_slices_of_the_full_logits(model, start, size):
+    """Whether docids are few of the vocabulary or most of it."""
+    model = dataclasses.replace(model, docids=DocidSpace(start, size))
     states = np.random.default_rng(0).normal(size=(3, 2, 16)).astype(np.float32)
     ours = np.asarray(model.docid_logits(params_of(model), states))
     full = T5(model.config).apply({"params": params_of(model)}, states, method=T5.logits)
-    assert ours.shape == (3, 2, DOCIDS) and ours.dtype == np.float32
+    assert ours.shape == (3, 2, size) and ours.dtype == np.float32
     assert np.isneginf(ours[..., 0]).all(), "padding is never written"
     np.testing.assert_allclose(ours[..., 1], full[..., 1], atol=1e-5)
-    np.testing.assert_allclose(ours[..., 2:], full[..., START : START + DOCIDS - 2], atol=1e-5)
+    np.testing.assert_allclose(ours[..., 2:], full[..., start : start + size - 2], atol=1e-5)
 
 
 def test_init_gives_the_names_of_the_axes_in_the_same_tree():

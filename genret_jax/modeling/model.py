@@ -90,19 +90,26 @@ class RetrievalModel:
     def docid_logits(
         self, params: Params, states: Float[Array, "... embed"]
     ) -> Float[Array, "... docid_vocab"]:
-        """Logits over local docid ids: only these columns of the output matrix are multiplied."""
+        """Logits over local docid ids, float32.
+
+        Where these are few of the output matrix's columns, they alone are multiplied. Most of them
+        would take longer to be copied out of it than the others take to be multiplied, too.
+        """
         start, tokens = self.docids.start, self.docids.size - 2
+        few = 2 * tokens < self.config.vocab_size
 
-        def block(kernel: Array) -> Array:
-            end = jax.lax.slice_in_dim(kernel, 0, 2, axis=1)
-            return jnp.concatenate(
-                [end, jax.lax.slice_in_dim(kernel, start, start + tokens, axis=1)], axis=1
-            )
+        def block(columns: Array) -> Array:
+            end = jax.lax.slice_in_dim(columns, 0, 2, axis=-1)
+            own = jax.lax.slice_in_dim(columns, start, start + tokens, axis=-1)
+            return jnp.concatenate([end, own], axis=-1)
 
-        kernel: Any = self.network.apply({"params": params}, block, method=T5.output_columns)
+        kernel: Any = self.network.apply(
+            {"params": params}, block if few else lambda whole: whole, method=T5.output_columns
+        )
         logits = jnp.dot(
             states, kernel.astype(self.config.dtype), preferred_element_type=jnp.float32
         )
+        logits = logits if few else block(logits)
         return logits.at[..., 0].set(-jnp.inf)  # padding is never written
 
     def teacher_forced(
