@@ -124,10 +124,8 @@ class Corpus:
 
     def _judged(self, split: str) -> Qrels:
         if split not in self.qrels:
-            there = ", ".join(map(repr, self.qrels)) or "none"
             raise UserError(
-                f"corpus {self.name!r} has no split {split!r} (there: {there}); "
-                f"name one of these or add qrels/{split}.tsv"
+                f"corpus {self.name!r} has no split {split!r}; {_remedy(split, self.qrels)}"
             )
         return self.qrels[split]
 
@@ -261,9 +259,14 @@ def _split_files(
     wanted = [splits] if isinstance(splits, str) else list(splits)
     for split in wanted:
         if split not in there:
-            names = ", ".join(map(repr, there)) or "none"
-            raise UserError(f"{qrels}: no split {split!r} (there: {names}); name one of these")
+            raise UserError(f"{qrels}: no split {split!r}; {_remedy(split, there)}")
     return {split: there[split] for split in wanted}
+
+
+def _remedy(split: str, there: Iterable[str]) -> str:
+    """For a split that is not there."""
+    names = ", ".join(map(repr, there))
+    return f"name one of {names}, or add qrels/{split}.tsv" if names else f"add qrels/{split}.tsv"
 
 
 def _read_documents(path: Path, *, notices: Notices) -> tuple[tuple[Document, ...], dict[str, int]]:

@@ -75,7 +75,7 @@ class ExactSearch:
         products tell.
         """
         if self._faiss:
-            return [self._nearest_views(query, k) for query in queries]
+            return self._by_views(queries, k)
         found = []
         for scores in self.scores(queries):
             least = np.partition(scores, -k)[-k] if k < len(scores) else -np.inf
@@ -83,18 +83,27 @@ class ExactSearch:
             found.append((best, scores[best]))
         return found
 
-    def _nearest_views(self, query: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    def _by_views(
+        self, queries: Float32[np.ndarray, "queries embed"], k: int
+    ) -> list[tuple[Int32[np.ndarray, " n"], Float32[np.ndarray, " n"]]]:
         """The documents of the nearest views, of so many that k documents are among them."""
-        count = min(self._views, 4 * k)
-        while True:
-            scores, rows = self._flat.search(np.ascontiguousarray(query[None]), count)
-            owners = self._owners[rows[0]]
-            documents, first = np.unique(owners, return_index=True)  # views come best first
-            # The last view may be as good as ones beyond it; those of a better score are whole.
-            sure = scores[0][first] > scores[0][-1]
-            if count == self._views or sure.sum() >= k:
-                return documents.astype(np.int32), scores[0][first].astype(np.float32)
-            count = min(self._views, 4 * count)
+        found: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        asked, count = np.arange(len(queries)), min(self._views, 4 * k)
+        while len(asked):
+            scores, rows = self._flat.search(np.ascontiguousarray(queries[asked]), count)
+            left = []
+            for query, values, owners in zip(
+                asked.tolist(), scores, self._owners[rows], strict=True
+            ):
+                documents, first = np.unique(owners, return_index=True)  # views come best first
+                # The last view may be as good as ones beyond it; those of a better score are whole.
+                if count == self._views or (values[first] > values[-1]).sum() >= k:
+                    best = values[first].astype(np.float32)
+                    found[query] = documents.astype(np.int32), best
+                else:
+                    left.append(query)
+            asked, count = np.array(left, np.int64), min(self._views, 4 * count)
+        return [found[query] for query in range(len(queries))]
 
     @functools.cached_property
     def _owners(self) -> np.ndarray:
