@@ -174,7 +174,8 @@ class ContrastiveConfig:
         docids share a prefix, and InfoNCE over retrieved and in-batch negatives.
       rank: weight of the margin rank loss over documents, which goes with neither of those two;
         without any of the three there is no second stage.
-      margin, drawn_margin: see `genret_jax.modeling.margin.margin_rank`, in nats.
+      margin, drawn_margin: see `genret_jax.modeling.margin.margin_rank`: of log p in nats, or of
+        sums of n-grams.
       vector: semantic vector; see `genret_jax.modeling.model`.
       similarity, temperature, learned_temperature, share_negatives: see
         `genret_jax.modeling.contrastive.info_nce`.

@@ -123,13 +123,10 @@ def fit(
         measuring = Measuring(out / "profile" if profile else None, peak_flops)
         materials = _materials(corpus, split, recipe, home / "index", measuring)
         taken = _of_t5x(materials, from_t5x) if from_t5x else None
-        if clock.seconds and last == 2 and stage is None:
-            clock.seconds *= 1 - recipe.contrastive.share
-        first = _first_stage(materials, out, clock, begun, taken if last == 1 else None)
+        with clock.without(recipe.contrastive.share if last == 2 and stage is None else 0.0):
+            first = _first_stage(materials, out, clock, begun, taken if last == 1 else None)
         second = None
         if last == 2:
-            if minutes:
-                clock.seconds = minutes * 60
             if stage == 2 and not stage_one:  # the budget is this stage's alone
                 clock.resume(0.0)
             second = _second_stage(materials, first.params, out, clock, taken)
@@ -165,11 +162,9 @@ def _second_stage(
     clock: Clock,
     taken: tuple[Params, int] | None,
 ) -> SecondStage:
-    if clock.seconds and processes.broadcast(clock.elapsed) > clock.seconds - clock.reserve:
-        raise UserError(
-            f"{out}: stage 1 has used {clock.elapsed / 60:.1f} of {clock.seconds / 60:g} minutes, "
-            "and nothing is left for stage 2; raise --minutes, or give --stage 2"
-        )
+    if clock.seconds:
+        elapsed = processes.broadcast(clock.elapsed)  # so that all processes go the same way
+        clock.check_left("stage 2, which --stage 2 trains alone", elapsed=elapsed)
     if taken:
         return take_ranking(materials, *taken)
     train_second = train_margin if materials.recipe.contrastive.rank else train_ranking

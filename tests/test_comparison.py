@@ -17,6 +17,7 @@ from tiny import FAST, tiny_corpus
 
 from genret_jax.cli import main
 from genret_jax.comparison import bench
+from genret_jax.comparison import run as compare_run
 from genret_jax.comparison.run import compare_methods
 from genret_jax.corpus import read_corpus, read_run, write_corpus
 from genret_jax.errors import UserError
@@ -246,6 +247,23 @@ def test_every_seed_is_trained_once_with_the_same_budget(collection, tmp_path, p
     assert set(rows["weighted:dsi:dsi-rq"]["seeds"]) == {"0", "1"}
     assert (tmp_path / "out" / "pictures" / "identifiers.png").is_file(), "two kinds"
     assert "4 trainings left, about 28 minutes" in capsys.readouterr().err
+
+
+def test_one_job_is_a_process_of_its_own(collection, tmp_path, pretended, monkeypatch, capsys):
+    """One that is killed is a row that failed, and is not trained once more here."""
+    begun = []
+
+    def killed(children, *, jobs):
+        begun.append((jobs, [child.title for child in children]))
+        return {children[0].title: "killed by SIGKILL"}
+
+    monkeypatch.setattr(compare_run, "run_side_by_side", killed)
+    arguments = command(collection, tmp_path / "out", ["dsi", "genre", "bm25"], "--jobs", "1")
+    assert main(arguments) == 1
+    assert begun == [(1, ["tiny, dsi, seed 0", "tiny, genre, seed 0"])]
+    assert "dsi, seed 0 failed: dsi-seed-0" in capsys.readouterr().err
+    rows = report_of(tmp_path / "out")["splits"]["test"]["rows"]
+    assert not rows["dsi"]["mean"] and rows["genre"]["mean"] and rows["bm25"]["mean"]
 
 
 def test_one_failure_does_not_lose_the_others(collection, tmp_path, pretended, monkeypatch, capsys):

@@ -99,7 +99,9 @@ def test_without_train_split_the_later_stage_complains(folder):
     (folder / "qrels" / "train.tsv").unlink()
     corpus = read_corpus(folder)
     for stage in (corpus.pairs, corpus.split_queries):
-        with pytest.raises(UserError, match=r"no split 'train'; name one of 'test', or add qrels/train\.tsv"):
+        with pytest.raises(
+            UserError, match=r"no split 'train'; name one of 'test', or add qrels/train\.tsv"
+        ):
             stage("train")
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
+import shutil
 
 import hypothesis.strategies as st
 import jax
@@ -14,18 +16,20 @@ import pytest
 from hypothesis import given
 from tiny import FAST, tiny_corpus
 
+import genret_jax.stages.ngram_margin as stage
 from genret_jax.cli import main
 from genret_jax.data.ranked import RankedBatches, longest
 from genret_jax.errors import UserError
 from genret_jax.modeling.ngram_margin import NgramMarginModel, ngram_sums
+from genret_jax.negatives import known_positives
 from genret_jax.ngram.ranked import RankedQueries, Ranking
 from genret_jax.ngram.settings import NgramSettings
-from genret_jax.recipe import load_recipe
+from genret_jax.recipe import gin_folder, load_recipe
 from genret_jax.searchers import fit_method, open_searcher
 from genret_jax.splitting import split_corpus
 from genret_jax.stages.ngram import NgramTraining
-from genret_jax.stages.ngram_margin import _OwnTexts
-from genret_jax.training.budget import with_steps
+from genret_jax.training import partitioning
+from genret_jax.training.budget import Clock, with_steps
 from genret_jax.training.journal import read_records
 
 pytestmark = pytest.mark.usefixtures("one_device", "quiet")
@@ -305,25 +309,64 @@ def test_the_margin_is_learned(fitted, ranked):
     assert (after[:, 0] - after[:, 1]).mean() > (before[:, 0] - before[:, 1]).mean()
 
 
-def test_a_train_query_is_not_found_by_itself(collection, run, monkeypatch):
+@pytest.fixture(scope="module")
+def training(run):
+    """Of the run's first stage."""
+    recipe = _recipe()
+    split = split_corpus(tiny_corpus(), recipe.data, seed=0)
+    return NgramTraining.of(tiny_corpus(), split, recipe, NgramSettings(**SETTINGS), run / "index")
+
+
+def test_a_train_query_is_not_found_by_itself(training, fitted, monkeypatch):
     """Its own words stand in the index, as those of no query do that will be asked."""
     asked = []
     monkeypatch.setattr(
         "genret_jax.ngram.searcher.sum_documents",
         lambda found, index, weighting, *, without: asked.append(list(without)) or "sums",
     )
-    recipe = _recipe()
-    split = split_corpus(tiny_corpus(), recipe.data, seed=0)
-    settings = NgramSettings(**SETTINGS)
-    training = NgramTraining.of(tiny_corpus(), split, recipe, settings, run / "index")
-    own, query = _OwnTexts(training), split.pairs[3][0]
-    ranker, params = training.ranker, open_searcher(run).searcher.params
+    own, query = stage._OwnTexts(training), training.materials.split.pairs[3][0]
+    ranker, params = training.ranker, fitted.searcher.params
     for parts in ranker.explain(params, [query, "a query of none"], own=[own(query), own("?")]):
         assert set(parts) == set(VIEWS)
     view = training.texts[2]
     assert view.name == "queries" and len(asked[2]) == 1
     assert view.texts[asked[2][0]].tolist() == list(ranker.vocabulary.encode(query))
     assert [asked[i] for i in (0, 1, 3, 4, 5)] == [[]] * 5, "other views, and an unknown query"
+
+
+def test_ranking_ends_with_its_part_of_the_time(training, fitted, monkeypatch):
+    """And each query comes with its own texts, once."""
+    positives = known_positives(training.materials.split.all_pairs)
+    explain, seen = training.ranker.explain, []
+
+    def noted(ranker, params, queries, *, own):
+        seen.append((list(queries), own))
+        return explain(params, queries, own=own)
+
+    monkeypatch.setattr(type(training.ranker), "explain", noted)
+    monkeypatch.setattr(stage, "_CHUNK", 8)
+    now = iter(range(0, 10_000, 4))
+    clock = Clock(60.0, started=0.0, now=lambda: float(next(now)))
+    chosen, rows, asked = stage._violating(training, positives, fitted.searcher.params, clock)
+    assert asked == 8 * len(seen) and 8 <= asked < len(positives.queries)
+    texts = [query for queries, _ in seen for query in queries]
+    assert len(set(texts)) == len(texts) and len(chosen) == len(rows) <= asked
+    assert {positives.queries[row] for row in rows} <= set(texts)
+    of_own = stage._OwnTexts(training)
+    assert all(own == [of_own(q) for q in queries] and all(own) for queries, own in seen)
+
+
+def test_eight_devices_share_the_queries(fitted, ranked):
+    table = _table(fitted, _chosen(fitted, ranked))
+    batches = RankedBatches(_FirstStage(np.tile(table.tokens[:, 0], (2, 1))), table, rows=8, seed=0)
+    model, params = NgramMarginModel(fitted.searcher.ranker.model), fitted.searcher.params
+    loss = jax.jit(lambda params, batch: model.loss_fn(params, batch)[0])
+    alone = float(loss(params, batches[1]))
+    mesh = partitioning.make_mesh(devices=jax.devices())
+    assert mesh.shape["data"] == 8
+    spread = partitioning.global_batch(mesh, batches[1])
+    placed = partitioning.put(params, jax.tree.map(lambda _: partitioning.replicated(mesh), params))
+    assert float(loss(placed, spread)) == pytest.approx(alone, rel=1e-5)
 
 
 def test_the_run_says_what_it_did(run, fitted):
@@ -342,10 +385,6 @@ def test_the_run_says_what_it_did(run, fitted):
 
 
 def test_an_interrupted_run_goes_on_with_what_it_ranked(run, collection, tmp_path, monkeypatch):
-    import shutil
-
-    import genret_jax.stages.ngram_margin as stage
-
     shutil.copytree(run, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "retriever")
     monkeypatch.setattr(stage, "_violating", lambda *_: pytest.fail("it ranks once more"))
@@ -357,7 +396,7 @@ def test_an_interrupted_run_goes_on_with_what_it_ranked(run, collection, tmp_pat
     shutil.rmtree(tmp_path / "run" / "retriever")
     monkeypatch.setattr(stage, "_violating", lambda *_: ([], [], 40))
     shutil.rmtree(tmp_path / "run" / "ranking" / "ranked")
-    with pytest.raises(UserError, match="none of 40 train queries"):
+    with pytest.raises(UserError, match="of 40 train queries, none has a right document"):
         fit_method(collection, recipe=_recipe(), out=tmp_path / "run")
 
 
@@ -365,29 +404,42 @@ def test_recipes_and_what_is_refused(collection, tmp_path, capsys):
     published = load_recipe("ltrgr-minder")
     assert published.contrastive.rank == 0.01 and published.contrastive.margin == 300
     assert NgramSettings(**published.searcher.settings) == NgramSettings(views=VIEWS)
+    upon_ngrams = load_recipe("ngram", gin_files=[gin_folder() / "ranked_ngrams.gin"])
+    assert upon_ngrams.contrastive == published.contrastive
     parts = with_steps(published, 100)
     assert (parts.train.steps, parts.contrastive.steps) == (70, 30)
     assert with_steps(load_recipe("minder"), 100).train.steps == 100
     start = ["fit", str(collection), "--method", "ltrgr-minder", "--out", str(tmp_path / "run")]
-    for more, message in (
-        ("ContrastiveConfig.retrieval = 1.0", "ContrastiveConfig.retrieval is 1.0"),
-        ("ContrastiveConfig.refresh_every = 5", "ContrastiveConfig.refresh_every is 5"),
-        ("SearcherConfig.settings = {'ranked': 0}", "ranked is 0, but must be a whole number"),
+    for lines, message in (
+        (["ContrastiveConfig.retrieval = 1.0"], "ContrastiveConfig.retrieval is 1.0"),
+        (["ContrastiveConfig.refresh_every = 5"], "ContrastiveConfig.refresh_every is 5"),
+        (["ContrastiveConfig.source = 'bm25'"], "ContrastiveConfig.source is 'bm25'"),
+        (["SearcherConfig.settings = {'ranked': 0}"], "ranked is 0, but must be a whole number"),
+        (
+            ["ContrastiveConfig.rank = 0.0", "SearcherConfig.settings = {'ranked': 4}"],
+            "ranked is 4, but without ContrastiveConfig.rank",
+        ),
     ):
-        assert main([*start, "--gin", more]) == 2
+        assert main([*start, *(part for line in lines for part in ("--gin", line))]) == 2
         assert message in capsys.readouterr().err.splitlines()[-1]
-    assert (
-        main(
-            [
-                "compare",
-                str(collection),
-                "--methods",
-                "ltrgr-minder",
-                "--steps",
-                "1",
-                "--out",
-                str(tmp_path),
-            ]
-        )
-        == 2
-    )
+    names = ["compare", str(collection), "--methods", "ltrgr-minder", "--steps", "1"]
+    assert main([*names, "--out", str(tmp_path / "table")]) == 2
+    assert "at least 1 a stage" in capsys.readouterr().err
+
+
+def test_what_can_be_known_is_told_before_anything_is_trained(training, monkeypatch):
+    two = functools.partial(partitioning.make_mesh, devices=jax.devices()[:2])
+    monkeypatch.setattr(partitioning, "make_mesh", two)
+    stage.check_ranking(training)
+    settings = dataclasses.replace(training.settings, ranked=3)
+    with pytest.raises(UserError, match="ranked 3 does not divide by the 2 devices"):
+        stage.check_ranking(dataclasses.replace(training, settings=settings))
+    materials = training.materials
+    contrastive = dataclasses.replace(materials.recipe.contrastive, batch_size=5)
+    recipe = dataclasses.replace(materials.recipe, contrastive=contrastive)
+    odd = dataclasses.replace(training, materials=dataclasses.replace(materials, recipe=recipe))
+    with pytest.raises(UserError, match="batch_size 5 does not divide"):
+        stage.check_ranking(odd)
+    nothing = dataclasses.replace(materials, split=dataclasses.replace(materials.split, pairs=[]))
+    with pytest.raises(UserError, match="the corpus has none; leave it at 0"):
+        stage.check_ranking(dataclasses.replace(training, materials=nothing))

@@ -22,6 +22,7 @@ from genret_jax.training.journal import read_records
 from genret_jax.training.profiling import (
     Measuring,
     device_memory,
+    global_shapes,
     peak_of,
     product_flops,
     tokens_of,
@@ -158,6 +159,16 @@ def test_kinds_of_devices():
     assert peak_of("NVIDIA H100 80GB HBM3") == 989e12 and peak_of("NVIDIA H100 PCIe") == 756e12
     assert peak_of("cpu") is None and Measuring().peak is None
     assert Measuring(peak_flops=1e9).peak == 1e9
+
+
+def test_shapes_of_the_global_batch():
+    """Of two processes' share; what is beside the examples has rows of its own."""
+    share = {"encoder_input_tokens": np.zeros((4, 7), np.int32), "ranked": np.zeros((2, 3))}
+    found = global_shapes(share, 8)
+    assert {name: one.shape for name, one in found.items()} == {
+        "encoder_input_tokens": (8, 7),
+        "ranked": (4, 3),
+    }
 
 
 def test_tokens_without_padding():

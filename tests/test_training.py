@@ -237,6 +237,26 @@ def test_keeping_more_than_is_left_is_told(caplog):
     assert not caplog.text, "without a budget there is nothing to overrun"
 
 
+def test_a_stage_that_follows_has_its_share():
+    now = [0.0]
+    clock = Clock(60.0, started=0.0, reserve=5.0, now=lambda: now[0])
+    for share, whole in ((0.0, 60.0), (0.25, 45.0)):
+        with clock.without(share):
+            assert clock.seconds == whole
+        assert clock.seconds == 60.0
+    with pytest.raises(KeyError), clock.without(0.5):
+        raise KeyError
+    assert clock.seconds == 60.0, "whatever happens"
+    now[0] = 55.0
+    clock.check_left("stage 2")
+    with pytest.raises(UserError, match="0.9 of 1 minutes are used, and nothing is left for st"):
+        clock.check_left("stage 2", elapsed=56.0)
+    unlimited = Clock(None)
+    with unlimited.without(0.5):
+        unlimited.check_left("stage 2", elapsed=1e9)
+    assert unlimited.seconds is None
+
+
 def test_a_run_with_a_budget_ends_whatever_its_first_measurement():
     now = [0.0]
     clock = Clock(10.0, started=0.0, reserve=1.0, now=lambda: now[0])

@@ -16,8 +16,7 @@ from jaxtyping import Float32, Int, Int32
 from genret_jax.data.batches import Arrays, Batches
 from genret_jax.ngram.ranked import RankedQueries
 
-_SEED = 41
-_DOCUMENTS = 4
+_SEED, _ORDER = 41, 42
 _Ngram: TypeAlias = tuple[int, tuple[int, ...]]  # view, tokens
 
 
@@ -53,7 +52,7 @@ class RankedBatches:
         place = np.arange(n * self._rows, (n + 1) * self._rows)
         passes, within = place // len(self._ranked), place % len(self._ranked)
         orders = {
-            p: np.random.default_rng([self._seed, _SEED, 1, p]).permutation(len(self._ranked))
+            p: np.random.default_rng([self._seed, _ORDER, p]).permutation(len(self._ranked))
             for p in np.unique(passes).tolist()
         }
         return np.array([orders[p][i] for p, i in zip(passes.tolist(), within, strict=True)])
@@ -128,11 +127,17 @@ def _ngrams_of(ranked: RankedQueries, query: int) -> list[_Ngram]:
 
 
 def _needs(ranked: RankedQueries, query: int, ngrams: Sequence[_Ngram]) -> tuple[int, int]:
-    """Paths and single tokens that the n-grams of four documents need, at most."""
-    needs = []
-    for numbers in (*ranked.right[query].tolist(), *ranked.wrong[query].tolist()):
-        used = [ngrams[n] for n in numbers if n >= 0]
-        several = longest(ngram for ngram in used if len(ngram[1]) > 1)
-        needs.append((len(several), sum(len(ngram[1]) == 1 for ngram in used)))
-    paths, firsts = (sorted(some)[-_DOCUMENTS:] for some in zip(*needs, strict=True))
-    return sum(paths), sum(firsts)
+    """Paths and single tokens that four documents of a query need, at most.
+
+    Of either kind these are the first document and one more.
+    """
+    paths = firsts = 0
+    for documents in (ranked.right[query].tolist(), ranked.wrong[query].tolist()):
+        needs = []
+        for numbers in documents:
+            used = {ngrams[n] for n in (*documents[0], *numbers) if n >= 0}
+            several = longest(ngram for ngram in used if len(ngram[1]) > 1)
+            needs.append((len(several), sum(len(ngram[1]) == 1 for ngram in used)))
+        most = [max(some) for some in zip(*needs, strict=True)]
+        paths, firsts = paths + most[0], firsts + most[1]
+    return paths, firsts

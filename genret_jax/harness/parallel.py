@@ -69,7 +69,9 @@ def corpus_argument(given: str | Path | Corpus) -> str:
       UserError: it is in memory.
     """
     if isinstance(given, Corpus):
-        raise UserError("several jobs read the corpus from a folder; give that, or leave jobs out")
+        raise UserError(
+            "processes of their own read the corpus from a folder; give that, or leave jobs out"
+        )
     return str(given)
 
 

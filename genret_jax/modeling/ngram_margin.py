@@ -23,7 +23,9 @@ from genret_jax.modeling.margin import margin_rank
 from genret_jax.modeling.model import Batch, Params, RetrievalModel
 from genret_jax.modeling.network import T5
 
-_MOST_LOG_P = -1e-6  # a certainty is not infinitely surprising; what float32 tells from 0
+# A certainty is not infinitely surprising. The nearest to 0 that float32 can work with; the search,
+# in float64, has 1e-10, and tells certainties apart that are equal here.
+_MOST_LOG_P = -1e-6
 
 
 def ngram_sums(
@@ -118,14 +120,16 @@ class NgramMarginModel:
         encoded = self._apply(params, flat, method=T5.encode, key=keys[0])
         nothing = jnp.zeros((rows * views, 1), jnp.int32)
         state = self._apply(params, encoded, flat, nothing, method=T5.decode, key=keys[1])[:, 0]
-        first = jax.nn.log_softmax(self.model.docid_logits(params, state)).reshape(rows, views, -1)
-        row = jnp.arange(rows)[:, None]
-        firsts = first[row, batch["ranked_first_views"], batch["ranked_firsts"][..., 0]]
-        of_view = row, batch["ranked_path_views"]
+        first = jax.nn.log_softmax(self.model.docid_logits(params, state))
+        place = batch["ranked_first_views"] * first.shape[-1] + batch["ranked_firsts"][..., 0]
+        firsts = jnp.take_along_axis(first.reshape(rows, -1), place, axis=1)
+        # By row, so that devices that share the rows need nothing of one another's.
+        of_view = jax.vmap(lambda array, view: array[view])
+        view = batch["ranked_path_views"]
         paths = self._path_log_p(
             params,
-            encoded.reshape(rows, views, length, -1)[of_view],
-            tokens[of_view],
+            of_view(encoded.reshape(rows, views, length, -1), view),
+            of_view(tokens, view),
             batch["ranked_paths"],
             keys[2],
         )

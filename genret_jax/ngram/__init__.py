@@ -30,7 +30,7 @@ from genret_jax.modeling.model import RetrievalModel
 from genret_jax.ngram.index import NgramIndex
 from genret_jax.ngram.scoring import Weighting
 from genret_jax.ngram.searcher import NgramRanker, NgramSearcher
-from genret_jax.ngram.settings import NgramSettings
+from genret_jax.ngram.settings import RANKING, NgramSettings
 from genret_jax.vocabularies import DocidSpace, Vocabulary
 from genret_jax.weights import load_weights, save_weights
 
@@ -41,16 +41,19 @@ _ABOUT, _IDS = "ngram.json", "ids.json"
 def fit(corpus: Corpus, folder: Path, work: Any) -> dict[str, Any]:
     """Trains the model and writes it with the n-grams; see `genret_jax.searchers`."""
     from genret_jax.stages.ngram import NgramTraining  # brings SeqIO
-    from genret_jax.stages.ngram_margin import learn_to_rank
+    from genret_jax.stages.ngram_margin import check_ranking, learn_to_rank
 
     settings = NgramSettings(**work.settings)
-    _check(work.recipe)
+    _check(work.recipe, settings)
     split = work.split
     training = NgramTraining.of(corpus, split, work.recipe, settings, work.run / "index")
     second, ranking, before = work.recipe.contrastive, {}, 0
-    with work.clock.without(second.share if second.rank else 0.0, "learning to rank"):
+    if second.rank:
+        check_ranking(training)
+    with work.clock.without(second.share if second.rank else 0.0):
         result = training.train(work.run / "training", work.clock)
     if second.rank:
+        work.clock.check_left("learning to rank")
         before = result.steps
         ranking["first_stage"] = {"steps": result.steps, "dev": result.dev}
         result, about = learn_to_rank(training, result.params, work.run / "ranking", work.clock)
@@ -83,7 +86,7 @@ def fit(corpus: Corpus, folder: Path, work: Any) -> dict[str, Any]:
             "pseudo_queries": len(split.pseudo),
             "dev_queries": len(split.dev_queries),
             "steps": before + result.steps,
-            "best_step": before + result.best_step,
+            "best_step": result.best_step,
         },
         "ngrams": {view: index.report() for view, index in ranker.views.items()},
         **ranking,
@@ -120,7 +123,7 @@ def load(folder: Path) -> NgramSearcher:
     return NgramSearcher(ranker, params, ids, descending(ids))
 
 
-def _check(recipe: Any) -> None:
+def _check(recipe: Any, settings: NgramSettings) -> None:
     """That the recipe says nothing of parts that this method does not have."""
     for name, found, wanted in (
         ("DocidConfig.kind", recipe.docids.kind, NO_DOCIDS),
@@ -129,9 +132,18 @@ def _check(recipe: Any) -> None:
         ("ContrastiveConfig.prefix", recipe.contrastive.prefix, 0),
         ("ContrastiveConfig.retrieval", recipe.contrastive.retrieval, 0),
         ("ContrastiveConfig.refresh_every", recipe.contrastive.refresh_every, 0),
+        ("ContrastiveConfig.learned_temperature", recipe.contrastive.learned_temperature, False),
+        ("ContrastiveConfig.source", recipe.contrastive.source, "model"),
     ):
         if found != wanted:
             raise UserError(
                 f"method {recipe.method} writes n-grams: {name} is {found!r}, but must "
                 f"be {wanted!r}; leave it as it is"
+            )
+    for name in RANKING:
+        found, default = getattr(settings, name), getattr(NgramSettings(), name)
+        if found != default and not recipe.contrastive.rank:
+            raise UserError(
+                f"SearcherConfig.settings: {name} is {found}, but without ContrastiveConfig.rank "
+                "nothing is ranked in training; leave it out"
             )

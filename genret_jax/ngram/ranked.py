@@ -215,7 +215,7 @@ class RankedQueries:
         """Writes a folder, whole or not at all; an earlier one there is replaced."""
         with replace_on_success(folder) as temporary:
             temporary.mkdir()
-            np.savez(temporary / _ARRAYS, allow_pickle=False, **self._arrays())
+            np.savez(temporary / _ARRAYS, **self._arrays())  # type: ignore[arg-type]
             about = {"digest": self.digest, **self.report()}
             (temporary / _ABOUT).write_text(json.dumps(about), encoding="utf-8")
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from genret_jax.errors import UserError
 
+RANKING = ("ranked", "ranks", "terms")  # of the margin rank loss alone
 VIEWS = ("text", "title", "queries")  # in the order of their marks in the vocabulary
 
 
@@ -45,7 +46,7 @@ class NgramSettings:
         if not views or len(set(views)) < len(views) or not set(views) <= set(VIEWS):
             raise _wrong("views", self.views, f"some of {', '.join(map(repr, VIEWS))}, once each")
         counts = ("length", "beam", "unigrams", "spans", "rare", "candidates")
-        for name in (*counts, "ranked", "ranks", "terms"):
+        for name in (*counts, *RANKING):
             value, least = getattr(self, name), int(name != "unigrams")
             if type(value) is not int or value < least:
                 raise _wrong(name, value, f"a whole number from {least} up")

@@ -132,8 +132,9 @@ def train_glen(
     model = GlenModel(
         materials.model, _steps(materials), settings.weights, chunk=recipe.contrastive.chunk
     )
-    with clock.without(recipe.contrastive.share, "phase 2"):
+    with clock.without(recipe.contrastive.share):
         first = _first_phase(materials, model, run / "training", clock)
+    clock.check_left("phase 2")
     return _second_phase(materials, model, first, run / "ranking", clock, settings)
 
 

@@ -5,6 +5,7 @@ rank train queries -> train with cross-entropy and the margin rank loss over sum
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -21,6 +22,7 @@ from genret_jax.modeling.model import Params
 from genret_jax.modeling.ngram_margin import NgramMarginModel
 from genret_jax.negatives import Positives, known_positives
 from genret_jax.ngram.ranked import Chosen, RankedQueries, Ranking
+from genret_jax.ranking import BATCH_SIZES
 from genret_jax.stages.ngram import NgramTraining
 from genret_jax.training import partitioning
 from genret_jax.training.budget import Clock
@@ -28,7 +30,7 @@ from genret_jax.training.trainer import TrainResult, train
 
 log = logging.getLogger(__name__)
 _RANKED_SHARE = 0.3  # of the time that is left of a budget, for ranking
-_CHUNK = 32  # queries ranked at a time
+_CHUNK = BATCH_SIZES[-1]  # queries ranked at a time: a batch that is not full takes as long
 _SEED = 43
 
 
@@ -47,11 +49,9 @@ def learn_to_rank(
       What the training made, and what is to be said of it.
 
     Raises:
-      UserError: no train query has a right document among those that it ranks, or the devices
-        cannot share so many queries.
+      UserError: there is no train query whose ranking is to change.
     """
     recipe, config = training.materials.recipe, training.materials.recipe.contrastive
-    _check(training)
     ranked = _ranked(training, params, folder / "ranked", clock)
     batches = RankedBatches(
         training.batches(config.batch_size),
@@ -61,7 +61,7 @@ def learn_to_rank(
     )
     result = train(
         NgramMarginModel(
-            training.model,
+            dataclasses.replace(training.model, r_drop=0.0),  # of the first stage alone
             alpha=training.settings.alpha,
             generation=config.generation,
             rank=config.rank,
@@ -79,15 +79,29 @@ def learn_to_rank(
     return result, {"steps": result.steps, "best_step": result.best_step, **ranked.report()}
 
 
-def _check(training: NgramTraining) -> None:
-    """UserError where the devices cannot share the queries of a step."""
-    rows = training.settings.ranked
-    mesh = partitioning.make_mesh(model_parallel=training.materials.recipe.train.model_parallel)
-    if rows % mesh.shape["data"]:
+def check_ranking(training: NgramTraining) -> None:
+    """What can be known before the first stage is trained.
+
+    Raises:
+      UserError: there are no train queries to rank, or devices cannot share those of a step.
+    """
+    materials, rows = training.materials, training.settings.ranked
+    if not materials.split.all_pairs:
         raise UserError(
-            f"SearcherConfig.settings: ranked {rows} does not divide by the {mesh.shape['data']} "
-            "devices that share a batch; choose a multiple"
+            "ContrastiveConfig.rank is over train queries, and the corpus has none; leave it at 0, "
+            "or give --pseudo-queries"
         )
+    devices = partitioning.make_mesh(model_parallel=materials.recipe.train.model_parallel)
+    sharing, examples = devices.shape["data"], materials.recipe.contrastive.batch_size
+    for name, found in (
+        ("SearcherConfig.settings: ranked", rows),
+        ("ContrastiveConfig.batch_size", examples),
+    ):
+        if found % sharing:
+            raise UserError(
+                f"{name} {found} does not divide by the {sharing} devices that share a batch; "
+                "choose a multiple"
+            )
 
 
 def _ranked(training: NgramTraining, params: Params, folder: Path, clock: Clock) -> RankedQueries:
@@ -102,8 +116,9 @@ def _ranked(training: NgramTraining, params: Params, folder: Path, clock: Clock)
     chosen, rows, asked = _violating(training, positives, params, clock)
     if not chosen:
         raise UserError(
-            f"{folder.parent}: none of {asked} train queries that were ranked has a right document "
-            "that is to rise; train the first stage longer, or leave ContrastiveConfig.rank at 0"
+            f"{folder.parent}: of {asked} train queries, none has a right document among the "
+            f"{settings.ranks} best that is too near to a wrong one; give larger "
+            "SearcherConfig.settings 'ranks', or leave ContrastiveConfig.rank at 0"
         )
     texts = [positives.queries[row] for row in rows]
     views = [training.ranker.encoded(texts, view) for view in training.ranker.views]

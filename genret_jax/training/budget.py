@@ -97,24 +97,27 @@ class Clock:
             )
 
     @contextlib.contextmanager
-    def without(self, share: float, what: str) -> Iterator[None]:
-        """Ends a budget earlier by a share of it while the block runs, for a stage that follows.
-
-        Args:
-          share: of the budget, that stage's.
-          what: it is, for the message.
-
-        Raises:
-          UserError: the block has used everything, that stage's part included.
-        """
+    def without(self, share: float) -> Iterator[None]:
+        """Ends a budget earlier by a share of it while the block runs, for a stage that follows."""
         whole = self.seconds
         if whole:
             self.seconds = whole * (1 - share)
-        yield
-        self.seconds = whole
-        if whole and self.elapsed > whole - self.reserve:
+        try:
+            yield
+        finally:
+            self.seconds = whole
+
+    def check_left(self, what: str, *, elapsed: float | None = None) -> None:
+        """UserError where nothing of a budget is left for a stage.
+
+        Args:
+          what: the stage, for the message.
+          elapsed: by the clock that counts; this one by default.
+        """
+        used = self.elapsed if elapsed is None else elapsed
+        if self.seconds and used > self.seconds - self.reserve:
             raise UserError(
-                f"{self.elapsed / 60:.1f} of {whole / 60:g} minutes are used, and nothing is left "
+                f"{used / 60:.1f} of {self.seconds / 60:g} minutes are used, and nothing is left "
                 f"for {what}; raise --minutes"
             )
 
