@@ -165,7 +165,7 @@ def fit_method(
             "joined; start it once"
         )
     if stage is not None:
-        raise UserError(f"method {recipe.method} trains its stages together; leave --stage out")
+        raise UserError(f"method {recipe.method} is not trained stage by stage; leave --stage out")
     module = _module(recipe.searcher.module)
     out = Path(out)
     clock = Clock(minutes * 60 if minutes else None, started=started, reserve=_RESERVE_SECONDS)
