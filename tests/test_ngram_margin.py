@@ -18,10 +18,10 @@ from tiny import FAST, tiny_corpus
 
 import genret_jax.stages.ngram_margin as stage
 from genret_jax.cli import main
-from genret_jax.data.ranked import RankedBatches, longest
 from genret_jax.errors import UserError
 from genret_jax.modeling.ngram_margin import NgramMarginModel, ngram_sums
 from genret_jax.negatives import known_positives
+from genret_jax.ngram.batches import RankedBatches, longest
 from genret_jax.ngram.ranked import RankedQueries, Ranking
 from genret_jax.ngram.settings import NgramSettings
 from genret_jax.recipe import gin_folder, load_recipe

@@ -43,7 +43,10 @@ def test_lexical_methods_are_fitted_searched_and_evaluated(collection, tmp_path,
         (["search", str(out), "bread", "--scoring", "fused"], "--scoring is for methods that"),
         (["search", str(out), " "], "the query is empty"),
         (["fit", str(collection), "--method", "bm25", "--out", str(out)], "a run of another"),
-        (["fit", str(collection), "--method", "bm25", "--out", "x", "--stage", "1"], "no stages"),
+        (
+            ["fit", str(collection), "--method", "bm25", "--out", "x", "--stage", "1"],
+            "not trained stage",
+        ),
         (
             ["fit", str(collection), "--method", "bm25", "--out", "x", "--pseudo-queries", "p"],
             "method bm25 takes no --pseudo-queries",

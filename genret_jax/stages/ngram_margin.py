@@ -16,11 +16,11 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from genret_jax.data.ranked import RankedBatches
 from genret_jax.errors import UserError
 from genret_jax.modeling.model import Params
 from genret_jax.modeling.ngram_margin import NgramMarginModel
 from genret_jax.negatives import Positives, known_positives
+from genret_jax.ngram.batches import RankedBatches
 from genret_jax.ngram.ranked import Chosen, RankedQueries, Ranking
 from genret_jax.ranking import BATCH_SIZES
 from genret_jax.stages.ngram import NgramTraining
