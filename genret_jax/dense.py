@@ -223,7 +223,7 @@ def fit(corpus: Corpus, folder: Path, work: Any) -> dict[str, Any]:
         if found != wanted:
             raise UserError(
                 f"method {work.recipe.method} has no docids and one loss: {name} is {found!r}, "
-                f"but must be {wanted!r}; leave it as it is"
+                f"but must be {wanted!r}; leave out what sets it"
             )
     if work.recipe.train.init:
         raise UserError(

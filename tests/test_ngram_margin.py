@@ -441,5 +441,5 @@ def test_what_can_be_known_is_told_before_anything_is_trained(training, monkeypa
     with pytest.raises(UserError, match="batch_size 5 does not divide"):
         stage.check_ranking(odd)
     nothing = dataclasses.replace(materials, split=dataclasses.replace(materials.split, pairs=[]))
-    with pytest.raises(UserError, match="the corpus has none; leave it at 0"):
+    with pytest.raises(UserError, match="and the corpus has none; take another method"):
         stage.check_ranking(dataclasses.replace(training, materials=nothing))

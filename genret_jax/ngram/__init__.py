@@ -138,7 +138,7 @@ def _check(recipe: Any, settings: NgramSettings) -> None:
         if found != wanted:
             raise UserError(
                 f"method {recipe.method} writes n-grams: {name} is {found!r}, but must "
-                f"be {wanted!r}; leave it as it is"
+                f"be {wanted!r}; leave out what sets it"
             )
     for name in RANKING:
         found, default = getattr(settings, name), getattr(NgramSettings(), name)

@@ -105,7 +105,7 @@ def check_recipe(recipe: Recipe) -> None:
             raise UserError(
                 f"method {recipe.method} has a loss of its own, its weights are in "
                 f"SearcherConfig.settings: ContrastiveConfig.{name} is {found!r}, but must be "
-                f"{wanted!r}; leave it as it is"
+                f"{wanted!r}; leave out what sets it"
             )
 
 

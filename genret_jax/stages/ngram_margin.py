@@ -88,8 +88,8 @@ def check_ranking(training: NgramTraining) -> None:
     materials, rows = training.materials, training.settings.ranked
     if not materials.split.all_pairs:
         raise UserError(
-            "ContrastiveConfig.rank is over train queries, and the corpus has none; leave it at 0, "
-            "or give --pseudo-queries"
+            f"method {materials.recipe.method} learns to rank train queries, and the corpus has "
+            "none; take another method, such as minder, or give --pseudo-queries"
         )
     devices = partitioning.make_mesh(model_parallel=materials.recipe.train.model_parallel)
     sharing, examples = devices.shape["data"], materials.recipe.contrastive.batch_size
@@ -169,7 +169,7 @@ def _violating(
                     found.append(chosen)
                     rows.append(row)
                     bar.update()
-    log.info("%d of %d train queries are to be ranked better", len(found), asked)
+    log.info("ranked %d train queries: %d do not keep the margins", asked, len(found))
     return found, rows, asked
 
 
