@@ -85,23 +85,16 @@ def check_ranking(training: NgramTraining) -> None:
     Raises:
       UserError: there are no train queries to rank, or devices cannot share those of a step.
     """
-    materials, rows = training.materials, training.settings.ranked
+    materials = training.materials
     if not materials.split.all_pairs:
         raise UserError(
             f"method {materials.recipe.method} learns to rank train queries, and the corpus has "
             "none; take another method, such as minder, or give --pseudo-queries"
         )
-    devices = partitioning.make_mesh(model_parallel=materials.recipe.train.model_parallel)
-    sharing, examples = devices.shape["data"], materials.recipe.contrastive.batch_size
-    for name, found in (
-        ("SearcherConfig.settings: ranked", rows),
-        ("ContrastiveConfig.batch_size", examples),
-    ):
-        if found % sharing:
-            raise UserError(
-                f"{name} {found} does not divide by the {sharing} devices that share a batch; "
-                "choose a multiple"
-            )
+    mesh = partitioning.make_mesh(model_parallel=materials.recipe.train.model_parallel)
+    examples = materials.recipe.contrastive.batch_size
+    partitioning.check_rows(mesh, training.settings.ranked, "SearcherConfig.settings: ranked")
+    partitioning.check_rows(mesh, examples, "ContrastiveConfig.batch_size")
 
 
 def _ranked(training: NgramTraining, params: Params, folder: Path, clock: Clock) -> RankedQueries:

@@ -108,6 +108,16 @@ def global_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Arra
     return jax.make_array_from_process_local_data(batch_sharding(mesh), batch)
 
 
+def check_rows(mesh: Mesh, rows: int, name: str) -> None:
+    """UserError where the devices of a mesh cannot share so many rows; `name` is the setting."""
+    sharing = mesh.shape["data"]
+    if rows % sharing:
+        raise UserError(
+            f"{name} {rows} does not divide by the {sharing} devices that share a batch; choose a "
+            "multiple"
+        )
+
+
 def share_of_batch(mesh: Mesh, process: int | None = None) -> tuple[int, int]:
     """Which share of a batch's rows the devices of a process hold, and of how many.
 

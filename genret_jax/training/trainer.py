@@ -125,11 +125,7 @@ def train(
     """
     clock, measuring = clock or Clock(None), measuring or Measuring()
     mesh = mesh or partitioning.make_mesh(model_parallel=config.model_parallel)
-    if config.batch_size % mesh.shape["data"]:
-        raise UserError(
-            f"TrainConfig.batch_size {config.batch_size} does not divide by the "
-            f"{mesh.shape['data']} devices that share a batch; choose a multiple"
-        )
+    partitioning.check_rows(mesh, config.batch_size, "TrainConfig.batch_size")
     stepper = Stepper(model, config, mesh, count_flops=measuring.peak is not None)
     state = stepper.init(jax.random.key(config.seed))
     plan = Plan(total=0 if clock.seconds else config.steps)
